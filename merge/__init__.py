@@ -1,0 +1,62 @@
+"""Merge diffusion weights offline: add a distilled model's delta to an InstructPix2Pix model.
+
+    from merge import load_recipe, run_recipe
+
+    result = run_recipe(load_recipe("sd15-lcm-lora", ["weight=0.8"]), out="outputs/mine")
+    print(result.folder, result.recipe_digest)
+
+Importing this package is cheap and changes nothing: each name below is loaded when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from merge._version import __version__
+
+if TYPE_CHECKING:
+    from merge.editor import EditSettings, load_editor, load_image
+    from merge.errors import MergeError
+    from merge.plan import build_plan
+    from merge.recipe import load_recipe
+    from merge.run import run_recipe
+    from merge.sources import resolve_sources
+    from merge.verify import verify_files, verify_folder
+
+_HOMES = {
+    "EditSettings": "merge.editor",
+    "MergeError": "merge.errors",
+    "build_plan": "merge.plan",
+    "load_editor": "merge.editor",
+    "load_image": "merge.editor",
+    "load_recipe": "merge.recipe",
+    "resolve_sources": "merge.sources",
+    "run_recipe": "merge.run",
+    "verify_files": "merge.verify",
+    "verify_folder": "merge.verify",
+}
+
+__all__ = [
+    "EditSettings",
+    "MergeError",
+    "__version__",
+    "build_plan",
+    "load_editor",
+    "load_image",
+    "load_recipe",
+    "resolve_sources",
+    "run_recipe",
+    "verify_files",
+    "verify_folder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

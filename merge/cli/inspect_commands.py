@@ -1,0 +1,43 @@
+"""`show` and `env`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from merge.cli.output import common_options, examples, json_option, print_json
+
+
+@click.command(
+    "show",
+    epilog=examples("show outputs/demo", "show lora.safetensors --json"),
+)
+@click.argument("path", metavar="FILE_OR_FOLDER", type=click.Path(path_type=Path))
+@json_option
+@common_options
+def show_command(path: Path, as_json: bool) -> None:
+    """Say what a checkpoint is: architecture, layout, dtypes, parents, recipe, hashes."""
+    from merge.describe import describe_path, render_description
+
+    description = describe_path(path)
+    if as_json:
+        print_json(description)
+    else:
+        click.echo(render_description(description))
+
+
+@click.command("env", epilog=examples("env", "env --json"))
+@json_option
+@common_options
+def env_command(as_json: bool) -> None:
+    """Show versions, devices, cache and offline settings, for bug reports."""
+    from merge.environment import describe_environment
+
+    facts = describe_environment()
+    if as_json:
+        print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {value}")

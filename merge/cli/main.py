@@ -1,0 +1,138 @@
+"""The command group, and how failures leave it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from merge._version import __version__
+from merge.cli.output import Verbosity, configure_logging, examples, wants_debug
+from merge.errors import MergeError
+
+# Command to the module that has it, so that `--help` loads none of the heavy ones.
+_COMMANDS = {
+    "run": "merge",
+    "plan": "merge",
+    "validate": "recipes",
+    "recipes": "recipes",
+    "edit": "edit",
+    "verify": "edit",
+    "show": "inspect",
+    "env": "inspect",
+}
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C, so that nothing half-written stays."""
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported when they are named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        import importlib
+
+        if name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"merge.cli.{_COMMANDS[name]}_commands")
+        command: click.Command = getattr(module, f"{name}_command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"{error.message}{hint}", ctx) from None
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "recipes",
+        "plan sd15-lcm-lora",
+        "run sd15-lcm-lora weight=0.8 --out outputs/mine",
+        'edit outputs/mine cat.png "turn the cat into a dog"',
+    ),
+)
+@click.version_option(__version__, "--version", prog_name="instruct-merge")
+def cli() -> None:
+    """Give an InstructPix2Pix model 4-step editing by adding a distilled model's weights.
+
+    W = W_target + weight * (W_distilled - W_base), one tensor at a time, from a YAML recipe to a
+    standalone checkpoint whose bytes anyone can reproduce.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Exit codes: 0 ok, 2 usage, 130 Ctrl-C, 143 SIGTERM, else the family of the error
+    (`merge.errors`), 1 for anything unexpected.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    configure_logging(Verbosity.NORMAL)
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    try:
+        with _terminate_on_sigterm():
+            code = cli.main(args=words, prog_name="instruct-merge", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+    except MergeError as error:
+        if wants_debug():
+            raise
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: nothing was written", err=True)
+        return EXIT_INTERRUPTED
+    except _Terminated:
+        click.echo("terminated: nothing was written", err=True)
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if wants_debug():
+            raise
+        click.echo(f"error: unexpected {type(error).__name__}: {error}", err=True)
+        click.echo("hint: run it again with --debug and report what it prints", err=True)
+        return 1
+
+
+@contextmanager
+def _terminate_on_sigterm() -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

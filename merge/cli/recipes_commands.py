@@ -1,0 +1,81 @@
+"""`validate` and `recipes`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from merge.cli.output import common_options, examples, json_option, print_json
+from merge.errors import MergeError, OutputExistsError, RecipeError
+from merge.writer.tensors import write_error
+
+
+@click.command("validate", epilog=examples("validate my.yaml sdxl-turbo"))
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@common_options
+def validate_command(recipes: tuple[str, ...]) -> None:
+    """Check recipes: schema and values only, no model is looked at."""
+    from merge.recipe import load_recipe
+
+    failures: list[MergeError] = []
+    for name in recipes:
+        try:
+            loaded = load_recipe(name)
+            click.echo(f"{name}: ok ({loaded.name})")
+        except RecipeError as error:
+            failures.append(error)
+            if len(recipes) > 1:
+                click.echo(f"error: {error}", err=True)
+    if len(recipes) == 1 and failures:
+        raise failures[0]
+    if failures:
+        raise RecipeError(f"{len(failures)} of {len(recipes)} recipes are not valid", [])
+
+
+@click.command(
+    "recipes",
+    epilog=examples("recipes", "recipes sdxl-turbo", "recipes sdxl-turbo --copy my.yaml"),
+)
+@click.argument("name", required=False)
+@click.option(
+    "--copy",
+    "destination",
+    type=click.Path(path_type=Path),
+    help="Copy the recipe to a file or into a folder instead of printing it.",
+)
+@json_option
+@common_options
+def recipes_command(name: str | None, destination: Path | None, as_json: bool) -> None:
+    """List the bundled recipes, or print or copy the one called NAME."""
+    from merge.recipe import bundled_recipes, find_recipe
+    from merge.recipe.bundled import describe_recipe
+
+    if name is None:
+        if destination is not None:
+            raise click.UsageError("--copy needs the NAME of a recipe.")
+        found = {key: describe_recipe(path) for key, path in bundled_recipes().items()}
+        if as_json:
+            print_json([{"name": key, "description": text} for key, text in found.items()])
+            return
+        width = max(map(len, found), default=0)
+        for key, text in found.items():
+            click.echo(f"{key:<{width}}  {text}")
+        return
+    path = find_recipe(name)
+    if destination is None:
+        text = path.read_text(encoding="utf-8")
+        if as_json:
+            print_json({"name": name, "text": text})
+        else:
+            click.echo(text, nl=False)
+        return
+    target = destination / path.name if destination.is_dir() else destination
+    if target.exists():
+        raise OutputExistsError(f"{target} exists already", hint="choose another name")
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        raise write_error(target, error) from error
+    click.echo(target)

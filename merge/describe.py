@@ -1,0 +1,142 @@
+"""What a checkpoint is, read from headers and configs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from merge.errors import CheckpointError, SourceError, SourceNotFoundError
+from merge.header import DTYPE_WORDS
+from merge.keymap import LDM_UNET_PREFIX, detect_unet
+from merge.lora import is_lora
+from merge.manifest import read_locked_recipe, read_manifest
+from merge.plan.model import DIGEST_KEY
+from merge.plan.render import format_bytes
+from merge.reader import Checkpoint, read_checkpoint
+from merge.sources.select import select_weights
+
+
+def describe_path(path: str | Path) -> dict[str, Any]:
+    """Describe a weight file, a UNet folder or a pipeline folder.
+
+    Returns:
+        Plain values: `path, layout, architecture, in_channels, tensors, parameters, dtypes,
+        size_bytes, metadata`, and for a pipeline `pipeline, scheduler, components`; for an output
+        of this tool also `recipe, recipe_digest, parents, files`.
+
+    Raises:
+        SourceNotFoundError: there is nothing there that can be described.
+        CheckpointError: a file breaks its format.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise SourceError(
+                f"{path} is no .safetensors file", hint="pickles can run code and are not read"
+            )
+        return {"path": str(path), **_describe_weights([path], "")}
+    if not path.is_dir():
+        raise SourceNotFoundError(f"there is no file or folder {path}")
+    unet = path / "unet" if (path / "unet").is_dir() else path
+    names = {entry.name for entry in unet.iterdir() if entry.is_file()}
+    weights = select_weights(names, None, str(unet))
+    index = path / "model_index.json"
+    layout = "diffusers pipeline" if index.is_file() else "diffusers folder"
+    tree = {
+        "path": str(path),
+        **_describe_weights([unet / name for name in weights.names], layout),
+    }
+    if index.is_file():
+        tree |= _describe_pipeline(path, _read_json(index))
+    manifest = read_manifest(path)
+    if manifest is not None:
+        tree["recipe"] = read_locked_recipe(path)
+        tree["recipe_digest"] = manifest.get("recipe_digest")
+        tree["parents"] = manifest.get("inputs")
+        tree["files"] = manifest["files"]
+    return tree
+
+
+def render_description(tree: dict[str, Any]) -> str:
+    """Return a description as text for people."""
+    lines = [
+        f"path          {tree['path']}",
+        f"layout        {tree['layout']}",
+        f"architecture  {tree['architecture']}",
+        (
+            f"tensors       {tree['tensors']}, {tree['parameters']:,} parameters, "
+            f"{format_bytes(tree['size_bytes'])}"
+        ),
+        "dtypes        " + ", ".join(f"{k} ({v})" for k, v in tree["dtypes"].items()),
+    ]
+    if tree["in_channels"] is not None:
+        lines.append(f"in_channels   {tree['in_channels']}")
+    lines += [f"{name:<13} {tree[name]}" for name in ("pipeline", "scheduler") if name in tree]
+    if "components" in tree:
+        lines.append(f"components    {', '.join(tree['components'])}")
+    recipe = tree.get("recipe")
+    if recipe:
+        lines.append(
+            f"recipe        {recipe['name']}: {recipe['method']}, weight {recipe['weight']:g}"
+        )
+        lines.append(f"digest        {tree['recipe_digest']}")
+    for role, parent in (tree.get("parents") or {}).items():
+        name = parent.get("name") or f"{parent.get('repo')}@{parent.get('commit')}"
+        lines.append(f"{role:<13} {name}")
+    for name, record in (tree.get("files") or {}).items():
+        lines.append(f"  {record['sha256']}  {name}")
+    if not recipe:
+        lines += [f"  {key} = {value!r}"[:200] for key, value in sorted(tree["metadata"].items())]
+    return "\n".join(lines)
+
+
+def _describe_weights(paths: list[Path], layout: str) -> dict[str, Any]:
+    checkpoint = read_checkpoint(paths)
+    unet = detect_unet(checkpoint.shapes)
+    dtypes = Counter(spec.dtype for _, spec in checkpoint.tensors.values())
+    parameters = sum(spec.element_count for _, spec in checkpoint.tensors.values())
+    return {
+        "layout": layout or _layout_of(checkpoint),
+        "architecture": unet.family if unet is not None else "unknown",
+        "in_channels": unet.in_channels if unet is not None else None,
+        "tensors": len(checkpoint.tensors),
+        "parameters": parameters,
+        "dtypes": {DTYPE_WORDS.get(code, code): n for code, n in sorted(dtypes.items())},
+        "size_bytes": sum(file.stamp.size_bytes for file in checkpoint.files),
+        "metadata": dict(checkpoint.metadata),
+        "recipe_digest": checkpoint.metadata.get(DIGEST_KEY),
+    }
+
+
+def _layout_of(checkpoint: Checkpoint) -> str:
+    names = checkpoint.tensors
+    if is_lora(names):
+        return "LoRA"
+    if any(name.startswith(LDM_UNET_PREFIX) for name in names):
+        return "LDM/SGM single file"
+    return "diffusers UNet" if detect_unet(checkpoint.shapes) is not None else "tensors"
+
+
+def _describe_pipeline(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    tree: dict[str, Any] = {
+        "pipeline": index.get("_class_name"),
+        "components": sorted(
+            name for name, entry in index.items() if isinstance(entry, list) and entry[0]
+        ),
+    }
+    if scheduler.is_file():
+        tree["scheduler"] = _read_json(scheduler).get("_class_name")
+    return tree
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return tree

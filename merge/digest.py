@@ -1,0 +1,124 @@
+"""SHA-256 of files: of whole ones, and of one that is still being written.
+
+A digest runs in its own thread beside other work, since one SHA-256 stream (about 1.6 GB/s) is
+slower than the merge itself; hashlib releases the interpreter lock while it works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from merge.errors import MergeError, SourceNotFoundError
+
+CHUNK_BYTES = 1024 * 1024
+
+
+def digest_file(
+    path: Path,
+    stop: threading.Event | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits; empty when stopped.
+
+    Args:
+        path: Any file.
+        stop: When set, the rest is not read.
+        on_bytes: Called with the size of each chunk that is done.
+
+    Raises:
+        SourceNotFoundError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                if on_bytes is not None:
+                    on_bytes(count)
+                if stop is not None and stop.is_set():
+                    return ""
+    except OSError as error:
+        raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+class FileDigest:
+    """The SHA-256 of a tensor file while its data is written in order.
+
+    The thread follows `advance`, reading back from the page cache what was written a moment ago.
+    """
+
+    def __init__(
+        self,
+        read_into: Callable[[memoryview, int], None],
+        header: bytes,
+        size_bytes: int,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            read_into: Reads the file's data at a position.
+            header: The file's first bytes, which are written last.
+            size_bytes: Header and data together.
+        """
+        self._read_into = read_into
+        self._header = header
+        self._size = size_bytes
+        self._written = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._hexdigest = ""
+        self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
+        self._thread.start()
+
+    def advance(self, written_bytes: int) -> None:
+        """Say that every byte before this position is written."""
+        with self._changed:
+            self._written = written_bytes
+            self._changed.notify()
+
+    def result(self) -> str:
+        """Wait for the digest of the whole file.
+
+        Raises:
+            OutputError: the file could not be read back.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._hexdigest
+
+    def stop(self) -> None:
+        """End the thread without a result."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            digest = hashlib.sha256(self._header)
+            position = len(self._header)
+            buffer = memoryview(bytearray(CHUNK_BYTES))
+            while position < self._size:
+                with self._changed:
+                    while self._written <= position and not self._stopped:
+                        self._changed.wait()
+                    if self._stopped:
+                        return
+                    available = self._written - position
+                count = min(available, CHUNK_BYTES)
+                self._read_into(buffer[:count], position)
+                digest.update(buffer[:count])
+                position += count
+            self._hexdigest = digest.hexdigest()
+        except (MergeError, OSError) as error:
+            self._error = error

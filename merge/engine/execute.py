@@ -1,0 +1,163 @@
+"""Run the workers of a merge and collect what they found."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from merge.engine.lane import Lane, RangeError
+from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
+from merge.errors import DeviceError, EngineError, MergeError
+from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
+from merge.plan.model import MergePlan
+from merge.reader import FileReader
+from merge.recipe.schema import Recipe
+from merge.writer import TensorFileWriter
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        unchanged: Keys whose delta turned out to be zero; they are the target's.
+        overflows: Key to the number of values that a rule replaced.
+        seconds: Wall time of the workers.
+    """
+
+    unchanged: tuple[str, ...]
+    overflows: dict[str, int]
+    seconds: float
+
+
+def execute_plan(
+    plan: MergePlan,
+    recipe: Recipe,
+    writer: TensorFileWriter,
+    *,
+    device: torch.device,
+    threads: int,
+    on_frontier: Callable[[int], None],
+) -> MergeResult:
+    """Compute every tensor of a plan and write it; the header is left to the caller.
+
+    Results do not depend on the device or on `threads`.
+
+    Args:
+        plan: Rows in the order of the output file.
+        recipe: For its overflow rule and `allow_noop`.
+        writer: The output file.
+        device: CPU or CUDA.
+        threads: Workers; each has its own buffers.
+        on_frontier: Told, from any worker, up to which byte the file is final.
+
+    Raises:
+        NonFiniteError: an input or a result is not finite, or out_dtype cannot hold it.
+        DeviceError: the device has too little memory.
+        IntegrityError: an input changed while it was read.
+        EngineError: nothing changed, and the recipe does not allow that.
+    """
+    started = time.perf_counter()
+    units = cut_units(plan.tensors)
+    states = [TensorState(0) for _ in plan.tensors]
+    for unit in units:
+        states[unit.tensor].units_left += 1
+    ends = [spec.start + spec.size_bytes for spec in plan.out_header.tensors]
+    queue = WorkQueue(units, states, ends, on_frontier)
+    block = CUDA_BLOCK_ELEMENTS if device.type == "cuda" else CPU_BLOCK_ELEMENTS
+    with ExitStack() as stack:
+        readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
+        with _single_threaded_operators(), _device_errors():
+            lanes = [
+                Lane(plan, readers, writer, device, block, recipe.on_overflow)
+                for _ in range(min(threads, max(1, len(units))))
+            ]
+            _run_workers(lanes, queue)
+        for reader, file in zip(readers, plan.files, strict=True):
+            reader.check_unchanged(file.stamp)
+    merged = [
+        (tensor, state)
+        for tensor, state in zip(plan.tensors, states, strict=True)
+        if tensor.deltas or tensor.loras
+    ]
+    unchanged = tuple(tensor.key for tensor, state in merged if not state.changed)
+    if merged and len(unchanged) == len(merged) and not recipe.allow_noop:
+        raise EngineError(
+            "the merge changes nothing: the delta of every tensor is zero",
+            hint="are base and distilled the same model? allow_noop=true permits it",
+        )
+    overflows = {tensor.key: state.overflows for tensor, state in merged if state.overflows}
+    return MergeResult(unchanged, overflows, time.perf_counter() - started)
+
+
+def _run_workers(lanes: list[Lane], queue: WorkQueue) -> None:
+    failures: list[tuple[Unit, Lane, BaseException]] = []
+
+    def work(lane: Lane) -> None:
+        for unit in queue.take():
+            try:
+                _run_unit(lane, unit, queue)
+            except BaseException as error:
+                failures.append((unit, lane, error))
+                queue.stop()
+
+    workers = [
+        threading.Thread(target=work, args=(lane,), name=f"lane-{index}", daemon=True)
+        for index, lane in enumerate(lanes)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:
+        # On Ctrl-C the files stay open until every worker has left its block.
+        queue.stop()
+        for worker in workers:
+            worker.join()
+    if failures:
+        # The first failure in file order, so that the message does not depend on the threads.
+        unit, lane, error = min(failures, key=lambda item: (item[0].tensor, item[0].start))
+        raise lane.diagnose(unit.tensor) if isinstance(error, RangeError) else error
+
+
+def _run_unit(lane: Lane, unit: Unit, queue: WorkQueue) -> None:
+    state = queue.states[unit.tensor]
+    lane.run(unit, state)
+    if queue.is_last(unit):
+        if lane.has_delta(unit.tensor) and not state.changed:
+            lane.keep(unit.tensor, state)
+        queue.finish_tensor(unit.tensor)
+
+
+@contextmanager
+def _single_threaded_operators() -> Iterator[None]:
+    # Parallelism comes from the workers; torch's own threads would compete with them.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
+    except MergeError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the GPU is out of memory: {error}",
+            hint="use fewer lanes with --threads 1, or --device cpu (the bytes are the same)",
+        ) from error
+    except RuntimeError as error:
+        raise DeviceError(
+            f"the device failed: {error}", hint="try --device cpu; the bytes are the same"
+        ) from error

@@ -1,0 +1,137 @@
+"""Every error that the tool raises on purpose, one exit code per family.
+
+    MergeError                     1
+    ├─ RecipeError                 3   unknown key, bad value, unknown method
+    ├─ SourceError                 4   a model or a picture cannot be had
+    │  ├─ SourceNotFoundError          no such folder, file, repository or revision
+    │  ├─ OfflineError                 not in the cache, and the Hub may not be asked
+    │  ├─ IntegrityError               SHA-256 differs from the recipe, or the input changed
+    │  └─ ImageError                   not a picture that can be edited
+    ├─ CheckpointError             5   a weight file breaks its format
+    ├─ PlanError                   6   the models do not fit together
+    ├─ EngineError                 7   the merge itself failed
+    │  ├─ NonFiniteError               NaN or Inf, or a value too large for out_dtype
+    │  └─ DeviceError                  no such device, or it is out of memory
+    ├─ OutputError                 8   the output folder cannot be written
+    │  ├─ OutputExistsError
+    │  └─ NoSpaceError
+    └─ VerificationError           9   the merged model failed a check
+
+An error's text says what is wrong and names the key, file or number; its hint says what to do.
+Click answers 2 for wrong usage; an interrupted run answers 130 (Ctrl-C) or 143 (SIGTERM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SHOWN_PROBLEMS = 10
+
+
+class MergeError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        hint: What the user can do about it; the last line of the message.
+        exit_code: The exit status of the command line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message followed by its hint line."""
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class ProblemsError(MergeError):
+    """Several problems found in one pass and shown together.
+
+    Attributes:
+        problems: One line each, in the order found.
+    """
+
+    def __init__(self, summary: str, problems: Sequence[str], *, hint: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = [summary, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"  ... and {len(self.problems) - SHOWN_PROBLEMS} more")
+        super().__init__("\n".join(lines), hint=hint)
+
+
+class RecipeError(ProblemsError):
+    """The recipe is not valid."""
+
+    exit_code = 3
+
+
+class SourceError(MergeError):
+    """A model or a picture cannot be had."""
+
+    exit_code = 4
+
+
+class SourceNotFoundError(SourceError):
+    """A folder, file, repository or revision does not exist."""
+
+
+class OfflineError(SourceError):
+    """A file is not in the local cache and the Hub may not be asked."""
+
+
+class IntegrityError(SourceError):
+    """An input's bytes are not the expected ones."""
+
+
+class ImageError(SourceError):
+    """A picture cannot be read or edited."""
+
+
+class CheckpointError(MergeError):
+    """A weight file breaks its format."""
+
+    exit_code = 5
+
+
+class PlanError(ProblemsError):
+    """The models of the recipe do not fit together."""
+
+    exit_code = 6
+
+
+class EngineError(MergeError):
+    """The merge itself failed."""
+
+    exit_code = 7
+
+
+class NonFiniteError(EngineError):
+    """A tensor holds NaN or Inf, or a value that its output dtype cannot hold."""
+
+
+class DeviceError(EngineError):
+    """The device is not there or cannot do the work."""
+
+
+class OutputError(MergeError):
+    """The output cannot be written."""
+
+    exit_code = 8
+
+
+class OutputExistsError(OutputError):
+    """The output folder exists already."""
+
+
+class NoSpaceError(OutputError):
+    """The disk is too small for the output."""
+
+
+class VerificationError(MergeError):
+    """The merged model failed a check."""
+
+    exit_code = 9

@@ -1,0 +1,116 @@
+"""The files of an export around the merged weights, as a plan of copies and small JSON files.
+
+Every component but the UNet and the scheduler is the target's, byte for byte. JSON that has to
+change is written sorted, with the target's `_diffusers_version` kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge.manifest import json_bytes
+from merge.plan import MergePlan
+from merge.recipe import Recipe, SchedulerSpec
+from merge.sources import ResolvedModel, SourceFile
+
+WEIGHTS_NAME = "unet/diffusion_pytorch_model.safetensors"
+PIPELINE_CLASSES = {
+    "sd15": "StableDiffusionInstructPix2PixPipeline",
+    "sd21": "StableDiffusionInstructPix2PixPipeline",
+    "sdxl": "StableDiffusionXLInstructPix2PixPipeline",
+}
+# What schedulers of Stable Diffusion have in common, so what a new class can take from the
+# target's config. LCMScheduler knows all of these.
+_SHARED_SCHEDULER_KEYS = (
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "steps_offset",
+    "timestep_spacing",
+    "trained_betas",
+)
+# What LCMScheduler takes besides. `LCMScheduler.from_config` would keep the same.
+_LCM_SCHEDULER_KEYS = (
+    "clip_sample",
+    "clip_sample_range",
+    "dynamic_thresholding_ratio",
+    "original_inference_steps",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "thresholding",
+    "timestep_scaling",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFiles:
+    """What an export holds besides the merged weights.
+
+    Attributes:
+        copies: Name in the export to the file that is copied there.
+        written: Name in the export to bytes that we write.
+    """
+
+    copies: Mapping[str, SourceFile]
+    written: Mapping[str, bytes]
+
+
+def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> ExportFiles:
+    """Decide every file of the output folder but the merged weights and the records.
+
+    Args:
+        recipe: For its scheduler.
+        plan: For the architecture.
+        target: Whose components are exported; a bare UNet gives a UNet folder only.
+    """
+    written: dict[str, bytes] = {}
+    if target.config is not None:
+        written["unet/config.json"] = json_bytes(target.config)
+    pipeline = target.pipeline
+    if pipeline is None:
+        return ExportFiles({}, written)
+    index = dict(pipeline.model_index)
+    index["_class_name"] = PIPELINE_CLASSES[plan.architecture]
+    index["scheduler"] = ["diffusers", recipe.scheduler.class_name]
+    written["model_index.json"] = json_bytes(index)
+    version = index.get("_diffusers_version")
+    written["scheduler/scheduler_config.json"] = json_bytes(
+        scheduler_config(recipe.scheduler, target.scheduler or {}, version)
+    )
+    copies = {
+        name: file
+        for part in pipeline.components
+        for file, name in zip(part.files, part.export_names, strict=True)
+    }
+    return ExportFiles(copies, written)
+
+
+def scheduler_config(
+    spec: SchedulerSpec, target: Mapping[str, Any], version: str | None
+) -> dict[str, Any]:
+    """Return the exported scheduler's config: the target's noise schedule in the new class.
+
+    Args:
+        spec: The recipe's class and the values that it sets.
+        target: The target's scheduler config.
+        version: `_diffusers_version` for a target that states none of its own.
+    """
+    if target.get("_class_name") == spec.class_name:
+        config = dict(target)
+    else:
+        keys: tuple[str, ...] = _SHARED_SCHEDULER_KEYS
+        if spec.class_name == "LCMScheduler":
+            keys += _LCM_SCHEDULER_KEYS
+        config = {key: target[key] for key in keys if key in target}
+    config.setdefault("prediction_type", "epsilon")
+    config["_class_name"] = spec.class_name
+    stated = target.get("_diffusers_version", version)
+    if stated is not None:
+        config["_diffusers_version"] = stated
+    config.update(spec.config)
+    return config

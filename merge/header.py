@@ -1,0 +1,372 @@
+"""The safetensors header: bytes in, a table of tensors out, and back.
+
+A file is an unsigned little-endian 64-bit length N, N bytes of JSON, then the tensors' bytes
+without a gap. `parse_header` accepts a subset of what the reference library accepts: everything
+ambiguous (a name twice, an unknown field, a hole, a shape that overflows) is refused by name.
+`encode_header` gives the bytes that the reference library writes for the same tensors, with the
+metadata sorted, since the library's own metadata order changes from run to run.
+
+Source: https://github.com/huggingface/safetensors, format section of the README, version 0.8.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge.errors import CheckpointError
+
+LENGTH_BYTES = 8
+ALIGNMENT_BYTES = 8
+# The reference library reads headers of up to 100 MB. Published models stay under a few hundred
+# kilobytes, so a much smaller cap bounds what a lying length can make us allocate.
+MAX_HEADER_BYTES = 32 * 1024 * 1024
+MAX_NAME_BYTES = 1024
+MAX_RANK = 16
+MAX_DIMENSION = 2**48
+
+# Names in the reference library's order, narrow to wide: files are laid out from the end of this
+# list to its start. Bits per element.
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+_DTYPE_RANK = {name: rank for rank, name in enumerate(DTYPE_BITS)}
+
+# The words of recipes, plans and reports for a header's dtype.
+DTYPE_WORDS: dict[str, str] = {
+    "BOOL": "bool",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "C64": "complex64",
+}
+DTYPE_CODES: dict[str, str] = {word: code for code, word in DTYPE_WORDS.items()}
+
+# First bytes of files that people rename to .safetensors, and what to call them.
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the model (run `git lfs pull`)"),
+    (b"PK\x03\x04", "a zip archive, probably a PyTorch pickle"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x03", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
+    (b"GGUF", "a GGUF file"),
+    (b"<!DOCTYPE", "an HTML page, probably a failed download"),
+    (b"<!doctype", "an HTML page, probably a failed download"),
+    (b"<html", "an HTML page, probably a failed download"),
+    (b'{"', "bare JSON without the length in front"),
+    (b"\x89PNG", "a PNG picture"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a file.
+
+    Attributes:
+        name: Key in the state dict.
+        dtype: Header code such as `F16`.
+        shape: Dimensions, e.g. `(out, in, kh, kw)`; `()` for a scalar.
+        start: First byte, counted from the start of the file.
+        size_bytes: Length of its data.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+    @property
+    def element_count(self) -> int:
+        """Return the number of elements; 1 for a scalar."""
+        return element_count(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header.
+
+    Attributes:
+        tensors: In file order.
+        metadata: The `__metadata__` strings, empty when there are none.
+        data_start: Offset of the first tensor byte in the file.
+        file_bytes: Size of the whole file.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+    file_bytes: int
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """Return the product of `shape`; 1 for `()`."""
+    count = 1
+    for dimension in shape:
+        count *= dimension
+    return count
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes a tensor takes.
+
+    Raises:
+        CheckpointError: the elements do not fill whole bytes.
+    """
+    bits = element_count(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise CheckpointError(f"shape {list(shape)} of {dtype} does not fill whole bytes")
+    return bits // 8
+
+
+def sniff(head: bytes) -> str:
+    """Name what a file really is from its first bytes; empty when nothing is recognised."""
+    if head and not any(head):
+        return "all zeros, probably an unfinished download"
+    for signature, what in _SIGNATURES:
+        if head.startswith(signature):
+            return what
+    return ""
+
+
+def parse_length(head: bytes, file_bytes: int) -> int:
+    """Return the header's length from the first bytes of a file.
+
+    Args:
+        head: At least the first eight bytes; up to 64 help to say what a wrong file is.
+        file_bytes: Size of the whole file.
+
+    Raises:
+        CheckpointError: the file is too short, or the length cannot be true.
+    """
+    if file_bytes < LENGTH_BYTES + 2 or len(head) < LENGTH_BYTES:
+        what = sniff(head)
+        detail = f": it is {what}" if what else ""
+        raise CheckpointError(f"the file has only {file_bytes} bytes{detail}")
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    available = file_bytes - LENGTH_BYTES
+    if 2 <= length <= min(available, MAX_HEADER_BYTES):
+        return length
+    if what := sniff(head):
+        raise CheckpointError(f"this is no safetensors file: it is {what}")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed"
+        )
+    if length > available:
+        raise CheckpointError(
+            f"the header claims {length:,} bytes and the file has {available:,} after its length: "
+            "the file is truncated or no safetensors file"
+        )
+    raise CheckpointError(f"the header claims {length} bytes")
+
+
+def parse_header(data: bytes, file_bytes: int) -> Header:
+    """Parse and check the JSON part of a header.
+
+    Args:
+        data: The N bytes after the length.
+        file_bytes: Size of the whole file, which the tensors must fill exactly.
+
+    Raises:
+        CheckpointError: a rule of the format is broken; the message names rule and tensor.
+    """
+    tree = _load_json(data)
+    metadata = _parse_metadata(tree.pop("__metadata__", {}))
+    data_start = LENGTH_BYTES + len(data)
+    tensors = [_parse_entry(name, entry, data_start) for name, entry in tree.items()]
+    tensors.sort(key=lambda spec: (spec.start, spec.start + spec.size_bytes))
+    _check_contiguous(tensors, data_start, file_bytes)
+    return Header(tuple(tensors), metadata, data_start, file_bytes)
+
+
+def file_order(tensors: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Sort `(name, dtype)` pairs as the reference library lays files out.
+
+    Wide dtypes come first, so that every tensor is aligned to its element size; names break ties
+    in the byte order of their UTF-8 form.
+    """
+    return sorted(tensors, key=lambda item: (-_DTYPE_RANK[item[1]], item[0].encode()))
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, Header]:
+    """Lay a file out and return its first bytes.
+
+    Args:
+        tensors: Name to `(dtype code, shape)`, in any order.
+        metadata: Strings for `__metadata__`; written sorted by key, left out when empty.
+
+    Returns:
+        The length and the padded JSON, and the parsed form of the same header.
+    """
+    tree: dict[str, Any] = {}
+    if metadata:
+        tree["__metadata__"] = dict(sorted(metadata.items()))
+    order = file_order((name, dtype) for name, (dtype, _) in tensors.items())
+    offset = 0
+    layout: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    for name, dtype in order:
+        shape = tuple(tensors[name][1])
+        size = tensor_bytes(dtype, shape)
+        tree[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        layout.append((name, dtype, shape, offset, size))
+        offset += size
+    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES)
+    start = LENGTH_BYTES + len(text)
+    specs = tuple(
+        TensorSpec(name, dtype, shape, start + begin, size)
+        for name, dtype, shape, begin, size in layout
+    )
+    header = Header(specs, dict(sorted(metadata.items())), start, start + offset)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, header
+
+
+def _load_json(data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode("utf-8", "strict")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"the header is not UTF-8 (byte {error.start})") from None
+    if not text.startswith("{"):
+        raise CheckpointError("the header does not begin with `{`")
+    try:
+        tree = json.loads(
+            text,
+            object_pairs_hook=_reject_duplicates,
+            parse_float=_reject_number,
+            parse_constant=_reject_number,
+            parse_int=_bounded_int,
+        )
+    except RecursionError:
+        raise CheckpointError("the header is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the header is no JSON: {error.msg} at byte {error.pos}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError("the header is not a JSON object")
+    return tree
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"the header has the key {twice!r} twice")
+    return tree
+
+
+def _reject_number(text: str) -> None:
+    raise CheckpointError(f"the header has the number {text[:40]}, and only integers are allowed")
+
+
+def _bounded_int(text: str) -> int:
+    # int() refuses thousands of digits with a ValueError of its own; say what is wrong instead.
+    if len(text) > 20 or text.startswith("-"):
+        raise CheckpointError(f"the header has the number {text[:40]}, outside of 0 to 2^64")
+    return int(text)
+
+
+def _parse_metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise CheckpointError("__metadata__ is not a map from strings to strings")
+    return value
+
+
+def _parse_entry(name: str, entry: Any, data_start: int) -> TensorSpec:
+    _check_name(name)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{name}: an entry must have dtype, shape and data_offsets only")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{name}: unknown dtype {dtype!r}")
+    if not _is_int_list(shape) or len(shape) > MAX_RANK:
+        raise CheckpointError(f"{name}: shape must be at most {MAX_RANK} integers")
+    if any(dimension >= MAX_DIMENSION for dimension in shape):
+        raise CheckpointError(f"{name}: a dimension of {max(shape)} is impossible")
+    if not _is_int_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{name}: data_offsets must be a begin and an end")
+    try:
+        expected = tensor_bytes(dtype, shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error.message}") from None
+    begin, end = offsets
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{name}: {dtype} of shape {shape} takes {expected} bytes, data_offsets span "
+            f"{end - begin}"
+        )
+    return TensorSpec(name, dtype, tuple(shape), data_start + begin, expected)
+
+
+def _check_name(name: str) -> None:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise CheckpointError(f"tensor name {name!r} has a lone surrogate") from None
+    if not 0 < size <= MAX_NAME_BYTES:
+        raise CheckpointError(f"tensor name {name[:40]!r} has {size} bytes")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise CheckpointError(f"tensor name {name!r} has a control character")
+
+
+def _is_int_list(value: Any) -> bool:
+    # bool is a subclass of int, and JSON's true is no dimension.
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _check_contiguous(tensors: Sequence[TensorSpec], data_start: int, file_bytes: int) -> None:
+    position = data_start
+    for spec in tensors:
+        if spec.start < position:
+            raise CheckpointError(f"{spec.name}: its data overlaps the tensor before it")
+        if spec.start > position:
+            raise CheckpointError(f"{spec.name}: {spec.start - position} unused bytes before it")
+        position = spec.start + spec.size_bytes
+    if position > file_bytes:
+        raise CheckpointError(
+            f"the file is truncated: {file_bytes:,} bytes of {position:,} "
+            f"(the last tensor is {tensors[-1].name})"
+        )
+    if position < file_bytes:
+        raise CheckpointError(f"{file_bytes - position} bytes follow the last tensor")

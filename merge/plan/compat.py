@@ -1,0 +1,188 @@
+"""Whether models can be merged at all: architecture, parameterisation, roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge.errors import PlanError
+from merge.keymap import EDM_MARKERS, LDM_UNET_PREFIX, UNetArchitecture, detect_unet
+from merge.lora import is_lora
+from merge.reader import Checkpoint, read_checkpoint
+from merge.sources import ResolvedModel, Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model and the headers of its weights.
+
+    Attributes:
+        model: Its files.
+        checkpoint: Its tensors.
+        unet: Its architecture; None for a LoRA.
+    """
+
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    unet: UNetArchitecture | None
+
+    @property
+    def role(self) -> str:
+        """Return the model's role."""
+        return self.model.role
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSources:
+    """All models of a recipe with their headers read and found compatible."""
+
+    target: Opened
+    base: Opened | None
+    distilled: tuple[Opened, ...]
+
+
+def open_sources(sources: Sources) -> OpenedSources:
+    """Read every header and refuse what cannot be merged, with the reason.
+
+    Raises:
+        CheckpointError: a file breaks its format.
+        PlanError: the models do not belong together.
+    """
+    opened = {model.role: _open(model) for model in sources.models}
+    result = OpenedSources(
+        opened["target"],
+        opened.get("base"),
+        tuple(opened[model.role] for model in sources.distilled),
+    )
+    problems = [
+        *_check_kinds(result),
+        *_check_roles(result),
+        *_check_families(result),
+        *_check_predictions(result),
+    ]
+    if problems:
+        raise PlanError("these models cannot be merged:", problems)
+    return result
+
+
+def _open(model: ResolvedModel) -> Opened:
+    checkpoint = read_checkpoint([file.path for file in model.weights])
+    names = checkpoint.tensors
+    return Opened(model, checkpoint, None if is_lora(names) else detect_unet(checkpoint.shapes))
+
+
+def _all(sources: OpenedSources) -> list[Opened]:
+    base = [sources.base] if sources.base is not None else []
+    return [sources.target, *base, *sources.distilled]
+
+
+def _check_kinds(sources: OpenedSources) -> list[str]:
+    problems = []
+    for opened in _all(sources):
+        names = opened.checkpoint.tensors
+        marker = next((m for m in EDM_MARKERS if m in names), None)
+        if marker is not None:
+            problems.append(
+                f"{opened.role} ({opened.model.label}) is an EDM v-prediction model (it has "
+                f"{marker}); the delta of an epsilon model means something else there"
+            )
+        elif opened.unet is not None:
+            continue
+        elif any(name.startswith(LDM_UNET_PREFIX) for name in names):
+            problems.append(
+                f"{opened.role} ({opened.model.label}) is an LDM/SGM single file; this version "
+                "reads UNets with diffusers keys"
+            )
+        elif not is_lora(names):
+            shown = ", ".join(sorted(names)[:3]) or "no tensors"
+            problems.append(
+                f"{opened.role} ({opened.model.label}) is no UNet with diffusers keys: it has no "
+                f"conv_in.weight of rank 4 (it has {shown})"
+            )
+        elif opened.role in ("target", "base"):
+            problems.append(
+                f"{opened.role} ({opened.model.label}) is a LoRA, and must be a whole UNet"
+            )
+    return problems
+
+
+def _check_roles(sources: OpenedSources) -> list[str]:
+    problems = []
+    full = [opened for opened in sources.distilled if not is_lora(opened.checkpoint.tensors)]
+    if full and sources.base is None:
+        problems.append(
+            f"{full[0].role} ({full[0].model.label}) is a full UNet: name the model that it was "
+            "distilled from as models.base"
+        )
+    if not full and sources.base is not None:
+        problems.append(
+            "every distilled model is a LoRA, which needs no base: set models.base=null"
+        )
+    target = sources.target
+    if target.unet is not None and target.model.pipeline is not None:
+        channels = target.unet.in_channels
+        if channels != 8:
+            problems.append(
+                f"target ({target.model.label}) has {channels} input channels; an InstructPix2Pix "
+                "UNet has 8 (are target and base swapped?)"
+            )
+        declared = (target.model.config or {}).get("in_channels")
+        if declared is not None and declared != channels:
+            problems.append(
+                f"target ({target.model.label}): its config says in_channels {declared}, its "
+                f"conv_in.weight has {channels}"
+            )
+    return problems
+
+
+def _check_families(sources: OpenedSources) -> list[str]:
+    target = sources.target.unet
+    if target is None:
+        return []
+    problems = []
+    for opened in _all(sources)[1:]:
+        unet = opened.unet
+        if unet is None or unet.family == target.family:
+            continue
+        problems.append(
+            f"{opened.role} ({opened.model.label}) is {unet.title} (cross-attention width "
+            f"{unet.context}) and the target is {target.title} ({target.context}): a delta fits "
+            "only the architecture it was made for"
+        )
+    return problems
+
+
+def _check_predictions(sources: OpenedSources) -> list[str]:
+    problems = []
+    for opened in _all(sources):
+        reason = _not_epsilon(opened.model.scheduler)
+        if reason:
+            problems.append(
+                f"{opened.role} ({opened.model.label}) is no epsilon model: {reason}; "
+                "LCM and Turbo deltas belong to epsilon models"
+            )
+    return problems
+
+
+def _not_epsilon(scheduler: Mapping[str, Any] | None) -> str:
+    if scheduler is None:
+        return ""
+    name = str(scheduler.get("_class_name", ""))
+    if name.startswith("EDM"):
+        return f"its scheduler is {name}"
+    prediction = scheduler.get("prediction_type", "epsilon")
+    return "" if prediction == "epsilon" else f"its scheduler predicts {prediction}"
+
+
+def describe_roles(sources: OpenedSources) -> Sequence[str]:
+    """Return notes on roles that are legal and unusual."""
+    notes = []
+    target = sources.target
+    if target.model.pipeline is None:
+        notes.append(
+            "the target is only a UNet: the output is a UNet folder, and no edit can prove it"
+        )
+        if target.unet is not None and target.unet.in_channels != 8:
+            notes.append(f"the target has {target.unet.in_channels} input channels, not 8")
+    return notes

@@ -1,0 +1,54 @@
+"""The recipes that come with the tool, found by name from any folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from merge.errors import RecipeError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+def bundled_folder() -> Path:
+    """Return the folder of bundled recipes: inside the wheel, or beside the package in a clone."""
+    installed = _PACKAGE / "bundled"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Return recipe name to file, sorted by name."""
+    return {path.stem: path for path in sorted(bundled_folder().glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Return the file of a recipe given as a path or as a bundled name.
+
+    Raises:
+        RecipeError: there is no such file and no such name.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix in RECIPE_SUFFIXES or path.is_file() or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise RecipeError(
+            f"there is no recipe file {name_or_path}",
+            [],
+            hint="`instruct-merge recipes` lists the bundled ones and copies them",
+        )
+    recipes = bundled_recipes()
+    if name_or_path in recipes:
+        return recipes[name_or_path]
+    close = difflib.get_close_matches(name_or_path, recipes, n=1)
+    raise RecipeError(
+        f"there is no bundled recipe {name_or_path!r}",
+        [],
+        hint=f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(recipes)}",
+    )
+
+
+def describe_recipe(path: Path) -> str:
+    """Return the first comment line of a recipe file: what it is for."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").rstrip()

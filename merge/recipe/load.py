@@ -1,0 +1,257 @@
+"""Recipe files and overrides to a checked, frozen `Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from merge.errors import RecipeError
+from merge.recipe.bundled import find_recipe
+from merge.recipe.schema import DistilledRef, EditSpec, ModelRef, Recipe
+from merge.recipe.text import annotation_at, fields_of, parse_value, parse_yaml
+from merge.recipe.validate import validate
+
+# Resolvers such as ${oc.env:TOKEN} leak secrets and ${oc.coerce:...} imports modules named in the
+# YAML, so only a plain ${key} may appear.
+_INTERPOLATION = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.\[\]]*\}")
+_KEY_PART = re.compile(r"([^.\[\]=]+)|\[([^\]]+)\]")
+
+Keys = list[str | int]
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load, override and check a recipe.
+
+    Args:
+        recipe: Path of a YAML file, or the name of a bundled recipe.
+        overrides: `key=value` words such as `weight=0.8`, `models.target=./mine` or
+            `block_weights[down_blocks.0.*]=0.5`.
+
+    Returns:
+        The recipe with every path absolute: those of the file relative to it, those of overrides
+        relative to the current folder.
+
+    Raises:
+        RecipeError: with all problems at once.
+    """
+    path = find_recipe(str(recipe))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}", []) from error
+    problems: list[str] = []
+    tree = parse_yaml(text, Recipe, problems)
+    _list_distilled(tree)
+    overridden = [_apply_override(tree, word, problems) for word in overrides]
+    _list_distilled(tree)
+    forbidden = list(_interpolation_problems(tree, ""))
+    problems += forbidden
+    # OmegaConf runs resolvers as soon as it reads a value, so a forbidden one must not reach it.
+    loaded = None if forbidden else _to_recipe(tree, problems)
+    if loaded is not None:
+        origins = [keys for keys in overridden if keys]
+        loaded = _absolute_paths(loaded, path.resolve().parent, origins)
+        problems += validate(loaded)
+    if problems or loaded is None:
+        raise RecipeError(
+            f"the recipe {path.name} is not valid:",
+            problems,
+            hint="`instruct-merge recipes sd15-lcm-lora` prints a recipe to start from",
+        )
+    return loaded
+
+
+def _list_distilled(tree: dict[str, Any]) -> None:
+    """Turn a single distilled model into a list of one, the only form after this."""
+    models = tree.get("models")
+    if isinstance(models, dict) and isinstance(models.get("distilled"), dict):
+        models["distilled"] = [models["distilled"]]
+
+
+def _apply_override(tree: dict[str, Any], word: str, problems: list[str]) -> Keys:
+    name, equals, text = word.partition("=")
+    # A glob key may itself hold an equals sign only inside brackets, which no key of a model has.
+    keys = _split_key(name)
+    if not equals or not keys:
+        problems.append(f"override {word!r} is not of the form key=value")
+        return []
+    # The short form models.distilled.path=... means the only distilled model.
+    if keys[:2] == ["models", "distilled"] and len(keys) > 2 and isinstance(keys[2], str):
+        keys.insert(2, 0)
+    value = parse_value(text, annotation_at(Recipe, keys), name, problems)
+    node: Any = tree
+    for key, following in itertools.pairwise(keys):
+        node = _step_into(node, key, [] if isinstance(following, int) else {})
+        if node is None:
+            problems.append(f"override {word!r}: there is no {name}")
+            return []
+    last = keys[-1]
+    if isinstance(node, dict):
+        node[str(last)] = value
+    elif isinstance(node, list) and isinstance(last, int) and last < len(node):
+        node[last] = value
+    else:
+        problems.append(f"override {word!r}: there is no {name}")
+        return []
+    return keys
+
+
+def _step_into(node: Any, key: str | int, empty: Any) -> Any:
+    if isinstance(node, dict):
+        if node.get(str(key)) is None:
+            node[str(key)] = empty
+        return node[str(key)]
+    if isinstance(node, list) and isinstance(key, int) and key < len(node):
+        return node[key]
+    return None
+
+
+def _split_key(name: str) -> Keys:
+    """Split `a.b[0]` or `block_weights[down_blocks.0.*]`; empty when malformed."""
+    keys: Keys = []
+    position = 0
+    while position < len(name):
+        match = _KEY_PART.match(name, position)
+        if match is None:
+            return []
+        plain, bracketed = match.groups()
+        if plain is None and bracketed.isdigit():
+            keys.append(int(bracketed))
+        else:
+            keys.append(plain if plain is not None else bracketed)
+        position = match.end()
+        if position < len(name) and name[position] == ".":
+            position += 1
+    return keys
+
+
+def _interpolation_problems(value: Any, path: str) -> Iterable[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if "${" in key:
+                yield f"{path}: keys may not hold an interpolation ({key})"
+            yield from _interpolation_problems(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _interpolation_problems(item, f"{path}[{index}]")
+    elif isinstance(value, str) and "${" in _INTERPOLATION.sub("", value):
+        yield f"{path}: only plain ${{key}} may be used, not {value!r}"
+
+
+def _to_recipe(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
+    """Convert to the schema, leaving out what is wrong so that all the rest is checked too."""
+    clean = _checked(tree, Recipe, [], problems)
+    merged = OmegaConf.merge(OmegaConf.structured(Recipe), clean)
+    try:
+        # A missing name shows up a second time in the default of output.folder.
+        missing = sorted(OmegaConf.missing_keys(merged) - {"output.folder"})
+        loaded = None if missing else OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        problems.append(f"{error.full_key}: {_first_line(error)}")
+        return None
+    problems += [
+        f"{key}: missing"
+        for key in missing
+        if not any(problem.startswith(key) for problem in problems)
+    ]
+    assert loaded is None or isinstance(loaded, Recipe)
+    return loaded
+
+
+def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]) -> dict[str, Any]:
+    declared = fields_of(schema)
+    clean: dict[str, Any] = {}
+    for key, value in tree.items():
+        here: Keys = [*path, key]
+        if key not in declared:
+            problems.append(f"{_dotted(here)}: unknown key{_did_you_mean(key, declared)}")
+            continue
+        annotation = annotation_at(schema, [key])
+        if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
+            clean[key] = _checked(value, annotation, here, problems)  # type: ignore[arg-type]
+            continue
+        if annotation in (list[DistilledRef], list[EditSpec]) and isinstance(value, list):
+            item = DistilledRef if annotation == list[DistilledRef] else EditSpec
+            clean[key] = [
+                _checked(entry, item, [*here, index], problems)
+                if isinstance(entry, dict)
+                else entry
+                for index, entry in enumerate(value)
+            ]
+            value = clean[key]
+        try:
+            OmegaConf.merge(OmegaConf.structured(Recipe), _nest(here, value))
+            clean[key] = value
+        except OmegaConfBaseException as error:
+            problems.append(f"{_dotted(here)}: {_first_line(error)}")
+    return clean
+
+
+def _nest(path: Keys, value: Any) -> Any:
+    for key in reversed(path):
+        # A list is rebuilt with only the entry in question; its index is of no matter to a type.
+        value = [value] if isinstance(key, int) else {key: value}
+    return value
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return str(error.msg or error).split("\n", 1)[0]
+
+
+def _dotted(keys: Keys) -> str:
+    text = ""
+    for key in keys:
+        text += f"[{key}]" if isinstance(key, int) else (f".{key}" if text else key)
+    return text
+
+
+def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _absolute_paths(recipe: Recipe, recipe_folder: Path, overridden: Sequence[Keys]) -> Recipe:
+    def folder_of(*keys: str | int) -> Path:
+        by_override = any(list(keys[: len(o)]) == o for o in overridden)
+        return Path.cwd() if by_override else recipe_folder
+
+    def model(ref: Any, *keys: str | int) -> Any:
+        if ref is None:
+            return None
+        changes: dict[str, Any] = {}
+        if ref.path is not None:
+            changes["path"] = _absolute(ref.path, folder_of(*keys, "path"))
+        if ref.config is not None and ref.config.startswith((".", "/", "~")):
+            changes["config"] = _absolute(ref.config, folder_of(*keys, "config"))
+        return dataclasses.replace(ref, **changes)
+
+    models = recipe.models
+    distilled = [
+        model(ref, "models", "distilled", index) for index, ref in enumerate(models.distilled)
+    ]
+    base: ModelRef | None = model(models.base, "models", "base")
+    target: ModelRef = model(models.target, "models", "target")
+    edits = [
+        dataclasses.replace(
+            edit, image=_absolute(edit.image, folder_of("verify", "edits", index, "image"))
+        )
+        for index, edit in enumerate(recipe.verify.edits)
+    ]
+    return dataclasses.replace(
+        recipe,
+        models=dataclasses.replace(models, base=base, distilled=distilled, target=target),
+        verify=dataclasses.replace(recipe.verify, edits=edits),
+    )
+
+
+def _absolute(text: str, folder: Path) -> str:
+    # Symbolic links stay as written: a cache of links keeps its own names that way.
+    return str(folder / Path(text).expanduser())

@@ -1,0 +1,166 @@
+"""YAML text to plain Python values, with strings kept as they were written.
+
+YAML 1.1 reads `0123456` as the number 42798, `on` as true and `12:30` as 750. For a field that
+the schema declares as a string the text itself is wanted; for a number such a spelling is an
+error. The schema therefore steers the conversion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from merge.errors import RecipeError
+from merge.recipe.schema import DistilledRef, ModelRef
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+_PLAIN_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|nan)", re.I)
+_OCTAL = re.compile(r"[-+]?0\d+")
+_NULL_TAG = "tag:yaml.org,2002:null"
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+def parse_yaml(text: str, schema: type, problems: list[str]) -> dict[str, Any]:
+    """Return the values of a YAML mapping.
+
+    Args:
+        text: A whole document.
+        schema: The dataclass that says which fields are strings and which are numbers.
+        problems: Gets a line for each value whose spelling is refused.
+
+    Raises:
+        RecipeError: the text is no YAML, or no mapping.
+    """
+    value, node = _parse(text)
+    if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
+        raise RecipeError("the recipe is empty or not a mapping of names to values", [])
+    converted: dict[str, Any] = _convert(node, value, schema, "", problems)
+    return converted
+
+
+def parse_value(text: str, annotation: Any, path: str, problems: list[str]) -> Any:
+    """Return one value written after `key=` on the command line.
+
+    Args:
+        text: YAML, e.g. `0.5`, `[0, 1]` or `org/name@main`.
+        annotation: The type that the schema declares for the key.
+        path: The key, for messages.
+        problems: Gets a line when the spelling is refused.
+    """
+    try:
+        wrapped, root = _parse(f"value: {text}")
+        ((_, node),) = root.value
+    except (RecipeError, ValueError):
+        # What is no YAML may still be a fine string, such as an instruction with a colon.
+        if annotation is str:
+            return text
+        problems.append(f"{path}: {text!r} is not a YAML value")
+        return None
+    return _convert(node, wrapped["value"], annotation, path, problems)
+
+
+def annotation_at(schema: type, keys: list[str | int]) -> Any:
+    """Return the declared type of a nested field; `Any` where the schema says nothing."""
+    annotation: Any = schema
+    for key in keys:
+        annotation = _strip_optional(annotation)
+        origin = typing.get_origin(annotation)
+        if dataclasses.is_dataclass(annotation):
+            annotation = fields_of(annotation).get(str(key), Any)
+        elif origin is list and isinstance(key, int):
+            annotation = typing.get_args(annotation)[0]
+        elif origin is dict:
+            annotation = typing.get_args(annotation)[1]
+        else:
+            return Any
+    return _strip_optional(annotation)
+
+
+def fields_of(schema: Any) -> dict[str, Any]:
+    """Return field name to evaluated annotation of a dataclass."""
+    return typing.get_type_hints(schema)
+
+
+def _parse(text: str) -> tuple[Any, Any]:
+    # OmegaConf refuses duplicate keys, tags that build objects and alias bombs; the node tree of
+    # the same text still has every scalar as it was written.
+    try:
+        config = OmegaConf.create(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where is not None else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
+        raise RecipeError(f"the recipe is not valid YAML{line}: {problem}", []) from None
+    return OmegaConf.to_container(config, resolve=False), root
+
+
+def _convert(node: yaml.Node, value: Any, annotation: Any, path: str, problems: list[str]) -> Any:
+    annotation = _strip_optional(annotation)
+    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
+        return _convert_mapping(node, value, annotation, path, problems)
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+        item = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else Any
+        return [
+            _convert(child, entry, item, f"{path}[{index}]", problems)
+            for index, (child, entry) in enumerate(zip(node.value, value, strict=True))
+        ]
+    if not isinstance(node, yaml.ScalarNode) or node.tag == _NULL_TAG:
+        return value
+    if annotation is str:
+        return node.value
+    if annotation in (ModelRef, DistilledRef) or annotation == list[DistilledRef]:
+        return _reference(node.value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation in (float, int) and is_number and not _is_plain_number(node.value):
+        problems.append(f"{path}: {node.value!r} is not a plain number")
+    return value
+
+
+def _convert_mapping(
+    node: yaml.MappingNode, value: dict[Any, Any], annotation: Any, path: str, problems: list[str]
+) -> dict[str, Any]:
+    item: Any = Any
+    declared: dict[str, Any] = {}
+    if annotation == list[DistilledRef]:
+        annotation = DistilledRef
+    if dataclasses.is_dataclass(annotation):
+        declared = fields_of(annotation)
+    elif typing.get_origin(annotation) is dict:
+        item = typing.get_args(annotation)[1]
+    result: dict[str, Any] = {}
+    if any(key.tag == _MERGE_TAG for key, _ in node.value):
+        problems.append(f"{path or 'recipe'}: YAML merge keys (<<) are not supported")
+        return result
+    for (key_node, child), entry in zip(node.value, value.values(), strict=True):
+        key = str(key_node.value)
+        child_path = f"{path}.{key}" if path else key
+        result[key] = _convert(child, entry, declared.get(key, item), child_path, problems)
+    return result
+
+
+def _reference(text: str) -> dict[str, Any]:
+    """Split a model written as one string: a path, or `org/name[@revision]` on the Hub."""
+    if text.startswith((".", "/", "~")) or text.endswith(WEIGHT_SUFFIXES):
+        return {"path": text}
+    repo, _, revision = text.partition("@")
+    return {"repo": repo, "revision": revision} if revision else {"repo": repo}
+
+
+def _is_plain_number(text: str) -> bool:
+    return bool(_PLAIN_NUMBER.fullmatch(text)) and not _OCTAL.fullmatch(text)
+
+
+def _strip_optional(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        rest = [arg for arg in typing.get_args(annotation) if arg is not types.NoneType]
+        if len(rest) == 1:
+            return rest[0]
+    return annotation

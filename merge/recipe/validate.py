@@ -1,0 +1,163 @@
+"""The checks of a recipe's values that need no file: ranges, choices, combinations."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from merge.methods import METHODS
+from merge.recipe.schema import DistilledRef, ModelRef, Recipe, VerifySpec
+
+MAX_FLOAT32 = 3.4028234663852886e38
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIANT = re.compile(r"[A-Za-z0-9_-]+")
+
+CHANNEL_RULES = ("skip", "first", "error")
+OUT_DTYPES = ("float16", "bfloat16", "float32", "keep")
+OVERFLOW_RULES = ("error", "clamp", "keep_target")
+GUIDANCE_RULES = ("drop", "bake", "error")
+
+
+def validate(recipe: Recipe) -> list[str]:
+    """Return a line for each value that is out of range, in the order of the schema."""
+    return [
+        *_check_names(recipe),
+        *_check_models(recipe),
+        *_check_rules(recipe),
+        *_check_output(recipe),
+        *_check_verify(recipe.verify),
+    ]
+
+
+def _choice(field: str, value: str, allowed: Sequence[str]) -> Iterator[str]:
+    if value in allowed:
+        return
+    close = difflib.get_close_matches(value, allowed, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    yield f"{field}: {value!r} is not one of {', '.join(allowed)}{hint}"
+
+
+def _finite(field: str, value: float) -> Iterator[str]:
+    if not math.isfinite(value):
+        yield f"{field}: {value} is not a finite number"
+    elif abs(value) > MAX_FLOAT32:
+        yield f"{field}: {value:g} does not fit float32"
+
+
+def _check_names(recipe: Recipe) -> Iterator[str]:
+    if not _NAME.fullmatch(recipe.name):
+        yield f"name: {recipe.name!r} must be lower-case letters, digits, `.`, `_` and `-`"
+    yield from _choice("method", recipe.method, tuple(METHODS))
+    if recipe.method in METHODS:
+        allowed = METHODS[recipe.method].params
+        for name in recipe.params:
+            if name not in allowed:
+                yield f"params.{name}: method {recipe.method} has no such parameter"
+    yield from _finite("weight", recipe.weight)
+
+
+def _check_models(recipe: Recipe) -> Iterator[str]:
+    models = recipe.models
+    if models.base is not None:
+        yield from _check_model("models.base", models.base)
+    if not models.distilled:
+        yield "models.distilled: name at least one model"
+    for index, ref in enumerate(models.distilled):
+        field = "models.distilled" if len(models.distilled) == 1 else f"models.distilled[{index}]"
+        yield from _check_model(field, ref)
+        yield from _finite(f"{field}.weight", ref.weight)
+        yield from _finite(f"weight times {field}.weight", recipe.weight * ref.weight)
+    yield from _check_model("models.target", models.target)
+
+
+def _check_model(field: str, ref: ModelRef | DistilledRef) -> Iterator[str]:
+    if (ref.repo is None) == (ref.path is None):
+        yield f"{field}: give either repo or path"
+    if ref.repo is not None and not _REPO.fullmatch(ref.repo):
+        yield (
+            f"{field}: {ref.repo!r} is no Hub id of the form org/name "
+            "(a local path starts with `.`, `/` or `~`)"
+        )
+    if ref.path is not None and (ref.revision is not None or ref.file is not None):
+        yield f"{field}: revision and file belong to repo, not to path"
+    for name in ("subfolder", "file"):
+        value = getattr(ref, name)
+        if value is not None and not _is_inside(value):
+            yield f"{field}.{name}: {value!r} must stay inside the model"
+    if ref.variant is not None and not _VARIANT.fullmatch(ref.variant):
+        yield f"{field}.variant: {ref.variant!r} must be letters, digits, `_` and `-`"
+    for name, digest in ref.sha256.items():
+        if not _SHA256.fullmatch(digest):
+            yield f"{field}.sha256[{name}]: must be 64 lower-case hexadecimal digits"
+
+
+def _is_inside(text: str) -> bool:
+    parts = text.replace("\\", "/").split("/")
+    return bool(text) and ".." not in parts and "" not in parts[:-1] and ":" not in text
+
+
+def _check_rules(recipe: Recipe) -> Iterator[str]:
+    if recipe.components != ["unet"]:
+        yield f"components: {recipe.components} - only [unet] can be merged in this version"
+    yield from _choice("channel_rule", recipe.channel_rule, CHANNEL_RULES)
+    for pattern, weight in recipe.block_weights.items():
+        yield from _finite(f"block_weights[{pattern}]", weight)
+    if any(not pattern for pattern in [*recipe.block_weights, *recipe.exclude]):
+        yield "block_weights, exclude: an empty pattern matches nothing"
+    yield from _choice("guidance_embedding", recipe.guidance_embedding, GUIDANCE_RULES)
+    if recipe.guidance_embedding == "bake":
+        yield "guidance_embedding: bake is not available in this version, use drop"
+    if recipe.bake_guidance is not None:
+        yield "bake_guidance: it belongs to guidance_embedding: bake"
+    yield from _choice("compute_dtype", recipe.compute_dtype, ("float32",))
+    yield from _choice("out_dtype", recipe.out_dtype, OUT_DTYPES)
+    yield from _choice("on_overflow", recipe.on_overflow, OVERFLOW_RULES)
+    if recipe.allow_pickle:
+        yield "allow_pickle: pickles cannot be read in this version, use .safetensors files"
+
+
+def _check_output(recipe: Recipe) -> Iterator[str]:
+    if not _IDENTIFIER.fullmatch(recipe.scheduler.class_name):
+        yield f"scheduler.class_name: {recipe.scheduler.class_name!r} is no class name"
+    if not recipe.output.folder or "\0" in recipe.output.folder:
+        yield f"output.folder: {recipe.output.folder!r} is no path"
+    if recipe.output.single_file:
+        yield "output.single_file: single files cannot be written in this version"
+    if recipe.output.other_dtype != "keep":
+        yield "output.other_dtype: only keep is available in this version"
+
+
+def _check_verify(verify: VerifySpec) -> Iterator[str]:
+    limit = verify.original_inference_steps
+    if not 1 <= limit <= 1000:
+        yield f"verify.original_inference_steps: {limit} is not within 1 to 1000"
+    elif not 1 <= verify.steps <= limit:
+        yield f"verify.steps: {verify.steps} is not within 1 to original_inference_steps ({limit})"
+    for name in ("guidance_scale", "image_guidance_scale"):
+        value = getattr(verify, name)
+        if not (math.isfinite(value) and value >= 0):
+            yield f"verify.{name}: {value} is not a finite number of at least 0"
+    if not 8 <= verify.resolution <= 8192:
+        yield f"verify.resolution: {verify.resolution} is not within 8 to 8192 pixels"
+    steps = verify.timesteps
+    if steps is not None and (
+        not steps
+        or any(a <= b for a, b in itertools.pairwise(steps))
+        or not all(0 <= t < 1000 for t in steps)
+    ):
+        yield f"verify.timesteps: {steps} must fall strictly, within 999 to 0"
+    if not verify.seeds:
+        yield "verify.seeds: name at least one seed"
+    seeds = [*verify.seeds, *(edit.seed for edit in verify.edits if edit.seed is not None)]
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            yield f"verify.seeds: {seed} is not within 0 to 2^63 - 1"
+    for index, edit in enumerate(verify.edits):
+        if not edit.instruction.strip():
+            yield f"verify.edits[{index}].instruction: it is empty"

@@ -1,0 +1,54 @@
+"""The errors of huggingface_hub in our own words, each with the next command to type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import errors as hub
+
+from merge.errors import MergeError, OfflineError, SourceError, SourceNotFoundError
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Translate what huggingface_hub raises inside the block.
+
+    Raises:
+        SourceNotFoundError: no such repository, revision or file, or no access to it.
+        OfflineError: the cache lacks it and the Hub may not or cannot be asked.
+        SourceError: any other answer of the Hub.
+    """
+    at = f" at {revision}" if revision else ""
+    download = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    try:
+        yield
+    except MergeError:
+        raise
+    except hub.GatedRepoError as error:
+        raise SourceNotFoundError(
+            f"{repo} is gated and this account has no access",
+            hint=f"accept its terms at https://huggingface.co/{repo}, then `hf auth login`",
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise SourceNotFoundError(
+            f"there is no model {repo} on the Hub, or it is private",
+            hint="check the name, or run `hf auth login`; a local path starts with ./",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise SourceNotFoundError(f"{repo} has no revision {revision}") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        raise OfflineError(
+            f"{repo}{at} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub",
+            hint=f"on a machine with a network run `{download}`",
+        ) from error
+    except hub.EntryNotFoundError as error:
+        raise SourceNotFoundError(f"{repo}{at} lacks a file: {error}") from error
+    except hub.HfHubHTTPError as error:
+        raise SourceError(f"the Hub refused {repo}{at}: {error}") from error
+    except (OSError, ValueError) as error:
+        # Connection failures; their classes differ between versions of the HTTP client.
+        raise OfflineError(
+            f"the Hub cannot be reached for {repo}{at}: {error}",
+            hint="check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache",
+        ) from error

@@ -1,0 +1,105 @@
+"""What a resolved model is: names and sizes of files, no bytes and no open handles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a model.
+
+    Attributes:
+        name: Path inside the model with `/`, e.g. `unet/config.json`.
+        path: Where it is on this disk.
+        size_bytes: Its size when it was resolved.
+        expected_sha256: From the recipe or the Hub; empty when neither states one.
+    """
+
+    name: str
+    path: Path
+    size_bytes: int
+    expected_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentFiles:
+    """The files of one pipeline component that an export needs.
+
+    Attributes:
+        name: Folder name, e.g. `vae`.
+        files: Weights and everything beside them, without duplicates in other formats.
+        export_names: For each file its name in an export: the variant suffix taken off.
+    """
+
+    name: str
+    files: tuple[SourceFile, ...]
+    export_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A whole diffusers pipeline folder.
+
+    Attributes:
+        model_index: Parsed `model_index.json`.
+        components: Every component but the UNet and the scheduler, sorted by name.
+    """
+
+    model_index: Mapping[str, Any]
+    components: tuple[ComponentFiles, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model of the recipe and the files that stand for it.
+
+    Attributes:
+        role: `target`, `base`, `distilled`, or `distilled[1]` when there are several.
+        label: Hub id, or the name of the local folder or file; never a machine's path.
+        repo: Hub id, or None for a local model.
+        commit: The 40 hexadecimal digits that `repo` was resolved to.
+        root: Local folder that file names are relative to.
+        is_folder: False when the recipe names one weight file.
+        weights: The UNet's or LoRA's files, in name order.
+        variant: The weight variant that was taken, empty for plain files.
+        config: Parsed `config.json` of the UNet, if there is one.
+        scheduler: Parsed scheduler config, if there is one.
+        pipeline: For a target that is a whole pipeline.
+    """
+
+    role: str
+    label: str
+    repo: str | None
+    commit: str | None
+    root: Path
+    is_folder: bool
+    weights: tuple[SourceFile, ...]
+    variant: str
+    config: Mapping[str, Any] | None
+    scheduler: Mapping[str, Any] | None
+    pipeline: Pipeline | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All models of a recipe.
+
+    Attributes:
+        target: Receives the delta.
+        distilled: In recipe order.
+        base: What the full distilled models started from.
+    """
+
+    target: ResolvedModel
+    distilled: tuple[ResolvedModel, ...]
+    base: ResolvedModel | None
+
+    @property
+    def models(self) -> tuple[ResolvedModel, ...]:
+        """Return target, base if there is one, then distilled."""
+        base = (self.base,) if self.base is not None else ()
+        return (self.target, *base, *self.distilled)

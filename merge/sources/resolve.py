@@ -1,0 +1,269 @@
+"""Find each model's layout and list the files it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from merge.errors import OfflineError, SourceError, SourceNotFoundError
+from merge.recipe.schema import ModelRef, Recipe
+from merge.sources.model import ComponentFiles, Pipeline, ResolvedModel, SourceFile, Sources
+from merge.sources.select import (
+    Weights,
+    companion_files,
+    has_weights,
+    plain_name,
+    select_weights,
+)
+from merge.sources.store import HubStore, LocalStore, Store
+
+# Libraries whose classes a pipeline may name; anything else is code that came with the model.
+_KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+_MAX_JSON_BYTES = 16 * 1024 * 1024
+
+
+def resolve_sources(recipe: Recipe) -> Sources:
+    """Turn the models of a recipe into files of this disk, downloading what is missing.
+
+    Only the files that the merge and the export need are fetched from the Hub, all of one commit.
+
+    Raises:
+        SourceError: a model is not there, not readable or not of a known layout.
+    """
+    models = recipe.models
+    base = None if models.base is None else _resolve(models.base, "base")
+    several = len(models.distilled) > 1
+    distilled = tuple(
+        _resolve(ref, f"distilled[{index}]" if several else "distilled")
+        for index, ref in enumerate(models.distilled)
+    )
+    return Sources(_resolve(models.target, "target"), distilled, base)
+
+
+def _resolve(ref: ModelRef, role: str) -> ResolvedModel:
+    try:
+        model = _resolve_layout(ref, role)
+        if unused := _unused_digests(ref, model):
+            raise SourceError(f"sha256 names files that are not used: {', '.join(unused)}")
+        return model
+    except SourceError as error:
+        error.message = f"models.{role}: {error.message}"
+        raise
+
+
+def _resolve_layout(ref: ModelRef, role: str) -> ResolvedModel:
+    if ref.path is not None:
+        path = Path(ref.path)
+        if path.is_file():
+            return _resolve_file(ref, role, path)
+        if not path.is_dir():
+            raise SourceNotFoundError(f"there is no file or folder {path}")
+        return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path))
+    assert ref.repo is not None
+    store = HubStore.open(ref.repo, ref.revision)
+    try:
+        return _resolve_folder(ref, role, store, ref.repo)
+    except SourceNotFoundError as error:
+        if store.offline:
+            # The cache holds only what was downloaded before, so a gap says nothing of the repo.
+            raise OfflineError(
+                f"the cache lacks files of {ref.repo}: {error.message}",
+                hint=f"on a machine with a network run `hf download {ref.repo} "
+                f"--revision {store.commit}`",
+            ) from error
+        raise
+
+
+def _resolve_file(ref: ModelRef, role: str, path: Path) -> ResolvedModel:
+    if path.suffix != ".safetensors":
+        raise SourceError(
+            f"{path.name} is no .safetensors file",
+            hint="pickles can run code and are not read; use a .safetensors version of the model",
+        )
+    store = LocalStore(path.parent, frozenset({path.name}))
+    config = _read_json(_find_config(Path(ref.config))) if ref.config is not None else None
+    weights = _source_files(ref, store, "", (path.name,))
+    return ResolvedModel(
+        role, path.name, None, None, path.parent, False, weights, "", config, None, None
+    )
+
+
+def _find_config(folder: Path) -> Path:
+    for path in (folder / "unet" / "config.json", folder / "config.json"):
+        if path.is_file():
+            return path
+    raise SourceNotFoundError(f"config: there is no config.json of a UNet in {folder}")
+
+
+def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> ResolvedModel:
+    prefix = f"{ref.subfolder.strip('/')}/" if ref.subfolder else ""
+    inside = _below(store.names, prefix)
+    if ref.subfolder and not inside:
+        raise SourceNotFoundError(f"it has no folder {ref.subfolder}")
+    if ref.file is not None:
+        return _resolve_repo_file(ref, role, store, label, prefix)
+    is_pipeline = "model_index.json" in inside
+    unet = f"{prefix}unet/" if is_pipeline or _below(inside, "unet/") else prefix
+    weights = select_weights(_direct(store.names, unet), ref.variant, _where(label, unet))
+    needed = {f"{unet}{name}" for name in weights.names}
+    config_name = f"{unet}config.json"
+    scheduler_name = f"{prefix}scheduler/scheduler_config.json"
+    needed |= {config_name, scheduler_name} & store.names
+    if weights.index:
+        needed.add(f"{unet}{weights.index}")
+    selected: dict[str, tuple[Weights | None, list[str]]] = {}
+    index: Mapping[str, Any] = {}
+    if is_pipeline and role == "target":
+        index_name = f"{prefix}model_index.json"
+        store.fetch([index_name])
+        index = _read_json(store.path(index_name))
+        selected = _select_components(index, store, prefix, ref.variant, label)
+        for component, (chosen, companions) in selected.items():
+            names = [*(chosen.names if chosen else ()), *companions]
+            needed |= {f"{prefix}{component}/{name}" for name in names}
+            if chosen and chosen.index:
+                needed.add(f"{prefix}{component}/{chosen.index}")
+    store.fetch(needed)
+    if weights.index:
+        _check_index(store.path(f"{unet}{weights.index}"), weights)
+    pipeline = None
+    if is_pipeline and role == "target":
+        pipeline = Pipeline(index, _component_files(ref, store, prefix, selected))
+    return ResolvedModel(
+        role=role,
+        label=label,
+        repo=ref.repo,
+        commit=store.commit if isinstance(store, HubStore) else None,
+        root=store.path(""),
+        is_folder=True,
+        weights=_source_files(ref, store, unet, weights.names),
+        variant=weights.variant,
+        config=_read_json(store.path(config_name)) if config_name in store.names else None,
+        scheduler=(
+            _read_json(store.path(scheduler_name)) if scheduler_name in store.names else None
+        ),
+        pipeline=pipeline,
+    )
+
+
+def _resolve_repo_file(
+    ref: ModelRef, role: str, store: Store, label: str, prefix: str
+) -> ResolvedModel:
+    assert ref.file is not None
+    name = f"{prefix}{ref.file}"
+    if name not in store.names:
+        raise SourceNotFoundError(f"{label} has no file {name}")
+    if not name.endswith(".safetensors"):
+        raise SourceError(f"{name} is no .safetensors file")
+    store.fetch([name])
+    commit = store.commit if isinstance(store, HubStore) else None
+    weights = _source_files(ref, store, "", (name,))
+    root = store.path("")
+    return ResolvedModel(role, label, ref.repo, commit, root, False, weights, "", None, None, None)
+
+
+def _select_components(
+    index: Mapping[str, Any], store: Store, prefix: str, variant: str | None, label: str
+) -> dict[str, tuple[Weights | None, list[str]]]:
+    """Choose the files of every component but the UNet and the scheduler."""
+    selected: dict[str, tuple[Weights | None, list[str]]] = {}
+    for name, entry in sorted(index.items()):
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        if entry[0] not in _KNOWN_LIBRARIES:
+            raise SourceError(
+                f"component {name} of {label} is code of its own ({entry[0]}.{entry[1]})",
+                hint="only components of diffusers and transformers can be exported",
+            )
+        if name in ("unet", "scheduler"):
+            continue
+        if "/" in name or name.startswith("."):
+            raise SourceError(f"component {name!r} of {label} is no folder name")
+        names = _below(store.names, f"{prefix}{name}/")
+        if not names:
+            raise SourceNotFoundError(f"{label} lacks the folder of its component {name}")
+        where = _where(label, f"{prefix}{name}/")
+        direct = {other for other in names if "/" not in other}
+        weights = select_weights(direct, variant, where) if has_weights(direct) else None
+        selected[name] = (weights, companion_files(names))
+    return selected
+
+
+def _component_files(
+    ref: ModelRef,
+    store: Store,
+    prefix: str,
+    selected: Mapping[str, tuple[Weights | None, list[str]]],
+) -> tuple[ComponentFiles, ...]:
+    components = []
+    for name, (weights, companions) in selected.items():
+        names = list(companions)
+        exports = [f"{name}/{companion}" for companion in companions]
+        if weights:
+            chosen = [*weights.names, *([weights.index] if weights.index else [])]
+            names += chosen
+            exports += [f"{name}/{plain_name(file, weights.variant)}" for file in chosen]
+        files = _source_files(ref, store, f"{prefix}{name}/", tuple(names))
+        components.append(ComponentFiles(name, files, tuple(exports)))
+    return tuple(components)
+
+
+def _source_files(
+    ref: ModelRef, store: Store, prefix: str, names: tuple[str, ...]
+) -> tuple[SourceFile, ...]:
+    files = []
+    for name in names:
+        full = f"{prefix}{name}"
+        path = store.path(full)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
+        digest = ref.sha256.get(full, store.expected_sha256(full))
+        files.append(SourceFile(full, path, size, digest))
+    return tuple(files)
+
+
+def _check_index(path: Path, weights: Weights) -> None:
+    """Check that an index names the shards that are there and nothing outside the folder."""
+    entries = _read_json(path).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+        raise SourceError(f"{path.name}: it has no weight_map from tensors to files")
+    for name in sorted(set(entries.values())):
+        if PurePosixPath(name).name != name or name in ("", ".", ".."):
+            raise SourceError(f"{path.name}: {name!r} is not the name of a file beside it")
+        if name not in weights.names:
+            raise SourceNotFoundError(f"{path.name} names the shard {name}, which is missing")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise SourceError(f"{path} is too large for a config")
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise SourceError(f"{path} is not a JSON object")
+    return tree
+
+
+def _below(names: frozenset[str], prefix: str) -> frozenset[str]:
+    return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def _direct(names: frozenset[str], prefix: str) -> frozenset[str]:
+    return frozenset(name for name in _below(names, prefix) if "/" not in name)
+
+
+def _where(label: str, prefix: str) -> str:
+    return f"{label}/{prefix.rstrip('/')}" if prefix else label
+
+
+def _unused_digests(ref: ModelRef, model: ResolvedModel) -> list[str]:
+    used = {file.name for file in model.weights}
+    if model.pipeline is not None:
+        used |= {file.name for part in model.pipeline.components for file in part.files}
+    return sorted(set(ref.sha256) - used)

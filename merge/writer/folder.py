@@ -1,0 +1,197 @@
+"""A folder that appears under its name complete, or not at all."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import secrets
+import shutil
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from merge.errors import NoSpaceError, OutputError, OutputExistsError
+from merge.reader import FileReader
+from merge.writer.tensors import write_all, write_error
+
+# What tells a folder of ours from one that must not be replaced.
+MARKER = "merge_manifest.json"
+CHUNK_BYTES = 1024 * 1024
+
+
+class OutputFolder:
+    """Builds a folder beside its final name and renames it once everything is on the disk.
+
+    Attributes:
+        final: The name that it gets.
+        partial: Where it is built: `<final>.partial-<id>`, on the same file system.
+    """
+
+    def __init__(self, final: Path, *, overwrite: bool) -> None:
+        self.final = final
+        self.overwrite = overwrite
+        self.partial = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
+        self._created: list[Path] = []
+        self._published = False
+
+    def check(self) -> None:
+        """Refuse early what `publish` could not do.
+
+        Raises:
+            OutputExistsError: something is there already.
+            OutputError: the name can hold no folder.
+        """
+        if not self.final.name:
+            raise OutputError(f"{self.final} cannot be an output folder")
+        if not os.path.lexists(self.final) or _is_empty_folder(self.final):
+            return
+        if not self.overwrite:
+            raise OutputExistsError(
+                f"the output folder {self.final} exists already",
+                hint="add --overwrite to replace it, or choose another with --out",
+            )
+        if self.final.is_symlink() or not (self.final / MARKER).is_file():
+            raise OutputExistsError(
+                f"{self.final} is not an output of this tool (it has no {MARKER}), "
+                "so it is not overwritten",
+                hint="choose another folder with --out, or remove it yourself",
+            )
+
+    def leftovers(self) -> list[Path]:
+        """Return folders that earlier, killed runs left beside the final name; never touched."""
+        return sorted(self.final.parent.glob(f"{glob.escape(self.final.name)}.partial-*"))
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Compare the exact size of the output with the free space.
+
+        Raises:
+            NoSpaceError: the disk is too small.
+        """
+        folder = self.final.parent
+        while not folder.exists():
+            folder = folder.parent
+        status = os.statvfs(folder)
+        free_bytes = status.f_bavail * status.f_frsize
+        if needed_bytes > free_bytes:
+            raise NoSpaceError(
+                f"the output needs {needed_bytes:,} bytes and {folder} has {free_bytes:,} free",
+                hint="free some space, or choose another disk with --out",
+            )
+
+    def __enter__(self) -> OutputFolder:
+        self.check()
+        try:
+            missing = self.final.parent
+            while not missing.exists():
+                self._created.append(missing)
+                missing = missing.parent
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir()
+        except OSError as error:
+            self._remove_created()
+            raise write_error(self.partial, error) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._published:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._remove_created()
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file and make it durable."""
+        path = self.partial / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def copy_file(self, source: Path, name: str, stop: threading.Event) -> str:
+        """Copy a file byte for byte, make it durable, and return its SHA-256.
+
+        Args:
+            source: Read once, while it is hashed.
+            name: Path inside the folder, with `/`.
+            stop: When set, the copy is given up and an empty string returned.
+
+        Raises:
+            SourceNotFoundError: the source cannot be read.
+            OutputError: the copy cannot be written.
+        """
+        path = self.partial / name
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            output = path.open("xb", buffering=0)
+        except OSError as error:
+            raise write_error(path, error) from error
+        with FileReader(source) as reader, output:
+            for offset in range(0, reader.stamp.size_bytes, CHUNK_BYTES):
+                if stop.is_set():
+                    return ""
+                chunk = buffer[: min(CHUNK_BYTES, reader.stamp.size_bytes - offset)]
+                reader.read_into(chunk, offset)
+                digest.update(chunk)
+                try:
+                    write_all(output.fileno(), chunk, offset)
+                except OSError as error:
+                    raise write_error(path, error) from error
+            reader.check_unchanged(reader.stamp)
+            try:
+                os.fsync(output.fileno())
+            except OSError as error:
+                raise write_error(path, error) from error
+        return digest.hexdigest()
+
+    def publish(self) -> None:
+        """Give the folder its final name.
+
+        Raises:
+            OutputExistsError: another run took the name meanwhile.
+            OutputError: the folder cannot be renamed.
+        """
+        try:
+            for folder, _, _ in os.walk(self.partial):
+                _sync_folder(Path(folder))
+            self.check()
+            old = None
+            if os.path.lexists(self.final) and not _is_empty_folder(self.final):
+                old = self.partial.with_name(self.partial.name.replace(".partial-", ".old-"))
+                self.final.rename(old)
+            self.partial.rename(self.final)
+            self._published = True
+            _sync_folder(self.final.parent)
+        except OSError as error:
+            raise write_error(self.final, error) from error
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _remove_created(self) -> None:
+        for folder in self._created:
+            try:
+                folder.rmdir()
+            except OSError:
+                # Somebody else uses it by now.
+                return
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

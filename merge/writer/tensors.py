@@ -1,0 +1,119 @@
+"""A safetensors file written at known positions, in any order, by several threads."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+
+from merge.errors import NoSpaceError, OutputError
+
+
+class TensorFileWriter:
+    """One output file: data first, header last.
+
+    Until `finish` the first bytes are zero, a header length that every reader refuses, so a file
+    that was not finished never loads.
+    """
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Create the file at its full size.
+
+        Args:
+            path: Must not exist.
+            size_bytes: Header and data together.
+
+        Raises:
+            OutputError: it exists or cannot be created.
+        """
+        self.path = path
+        self.size_bytes = size_bytes
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(path, flags, 0o666)
+            os.ftruncate(self._fd, size_bytes)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; without `finish` it stays unreadable."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of a buffer at a position of the file.
+
+        Raises:
+            NoSpaceError: the disk or a quota is full.
+            OutputError: any other failure.
+        """
+        try:
+            write_all(self._fd, data, offset)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Read back what was written, for its digest."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise OutputError(f"{self.path} was cut short while it was written")
+            done += count
+
+    def flush(self) -> None:
+        """Bring what was written so far to the disk.
+
+        Raises:
+            OutputError: the system could not; this is final, since it forgets the lost pages.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def finish(self, header: bytes) -> None:
+        """Write the header and make the whole file durable.
+
+        The data is made durable before the header, so that no crash leaves a file that opens and
+        lacks data.
+        """
+        self.flush()
+        self.write(memoryview(header), 0)
+        self.flush()
+        self.close()
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write a whole buffer; one call may write less than asked."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def write_error(path: Path, error: OSError) -> OutputError:
+    """Return the error to raise for a failed write, with what the user can do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(
+            f"cannot write {path}: {error.strerror}",
+            hint="free some space, or choose another disk with --out",
+        )
+    if error.errno == errno.EFBIG:
+        return NoSpaceError(
+            f"cannot write {path}: {error.strerror}",
+            hint="the file system or `ulimit -f` forbids files of this size",
+        )
+    return OutputError(f"cannot write {path}: {error.strerror or error}")
