@@ -10,9 +10,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from merge.errors import MergeError, SourceNotFoundError
+from merge.errors import SourceNotFoundError
 
 CHUNK_BYTES = 1024 * 1024
 
@@ -74,10 +75,10 @@ class FileDigest:
         self._written = 0
         self._stopped = False
         self._changed = threading.Condition()
-        self._error: BaseException | None = None
-        self._hexdigest = ""
-        self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
-        self._thread.start()
+        # A future, since a signal that interrupts Thread.join makes Python 3.11 take the thread for
+        # finished.
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+        self._future = self._pool.submit(self._run)
 
     def advance(self, written_bytes: int) -> None:
         """Say that every byte before this position is written."""
@@ -91,34 +92,31 @@ class FileDigest:
         Raises:
             OutputError: the file could not be read back.
         """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._hexdigest
+        try:
+            return self._future.result()
+        finally:
+            self.stop()
 
     def stop(self) -> None:
         """End the thread without a result."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join()
+        self._pool.shutdown(wait=True)
 
-    def _run(self) -> None:
-        try:
-            digest = hashlib.sha256(self._header)
-            position = len(self._header)
-            buffer = memoryview(bytearray(CHUNK_BYTES))
-            while position < self._size:
-                with self._changed:
-                    while self._written <= position and not self._stopped:
-                        self._changed.wait()
-                    if self._stopped:
-                        return
-                    available = self._written - position
-                count = min(available, CHUNK_BYTES)
-                self._read_into(buffer[:count], position)
-                digest.update(buffer[:count])
-                position += count
-            self._hexdigest = digest.hexdigest()
-        except (MergeError, OSError) as error:
-            self._error = error
+    def _run(self) -> str:
+        digest = hashlib.sha256(self._header)
+        position = len(self._header)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while position < self._size:
+            with self._changed:
+                while self._written <= position and not self._stopped:
+                    self._changed.wait()
+                if self._stopped:
+                    return ""
+                available = self._written - position
+            count = min(available, CHUNK_BYTES)
+            self._read_into(buffer[:count], position)
+            digest.update(buffer[:count])
+            position += count
+        return digest.hexdigest()

@@ -177,12 +177,16 @@ class FileReader:
             self._fd = -1
 
     def check_unchanged(self, expected: FileStamp) -> None:
-        """Compare the open file with what it was.
+        """Compare the open file, and what its name now stands for, with what it was.
 
         Raises:
-            IntegrityError: it was replaced, cut, grown or written to.
+            IntegrityError: it was replaced, removed, cut, grown or written to.
         """
-        if FileStamp.of(os.fstat(self._fd)) != expected:
+        try:
+            named = FileStamp.of(self.path.stat())
+        except OSError:
+            named = None
+        if FileStamp.of(os.fstat(self._fd)) != expected or named != expected:
             raise IntegrityError(
                 f"{self.path} changed while it was in use",
                 hint="wait until whatever writes it is done, then run again",

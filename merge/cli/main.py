@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(words: list[str]) -> int:
     try:
-        with _terminate_on_sigterm():
+        with _signals():
             code = cli.main(args=words, prog_name="instruct-merge", standalone_mode=False)
             return code if isinstance(code, int) else 0
     except MergeError as error:
@@ -127,12 +127,17 @@ def _run(words: list[str]) -> int:
 
 
 @contextmanager
-def _terminate_on_sigterm() -> Iterator[None]:
-    def handler(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+def _signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM unwind the run once; a second one waits for the clean-up."""
 
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, handler)
+    def handler(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -106,20 +106,15 @@ def _run_workers(lanes: list[Lane], queue: WorkQueue) -> None:
                 failures.append((unit, lane, error))
                 queue.stop()
 
-    workers = [
-        threading.Thread(target=work, args=(lane,), name=f"lane-{index}", daemon=True)
-        for index, lane in enumerate(lanes)
-    ]
-    for worker in workers:
-        worker.start()
+    # Futures, not threads: a signal that interrupts Thread.join makes Python 3.11 take the thread
+    # for finished, and leaving while it computes would crash the interpreter.
+    pool = ThreadPoolExecutor(max_workers=len(lanes), thread_name_prefix="lane")
     try:
-        for worker in workers:
-            worker.join()
+        wait([pool.submit(work, lane) for lane in lanes])
     finally:
         # On Ctrl-C the files stay open until every worker has left its block.
         queue.stop()
-        for worker in workers:
-            worker.join()
+        pool.shutdown(wait=True)
     if failures:
         # The first failure in file order, so that the message does not depend on the threads.
         unit, lane, error = min(failures, key=lambda item: (item[0].tensor, item[0].start))

@@ -59,7 +59,10 @@ def _resolve_layout(ref: ModelRef, role: str) -> ResolvedModel:
         if path.is_file():
             return _resolve_file(ref, role, path)
         if not path.is_dir():
-            raise SourceNotFoundError(f"there is no file or folder {path}")
+            raise SourceNotFoundError(
+                f"there is no file or folder {path}",
+                hint="paths are relative to the recipe file, those of overrides to this folder",
+            )
         return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path))
     assert ref.repo is not None
     store = HubStore.open(ref.repo, ref.revision)

@@ -1,0 +1,177 @@
+"""The layers of the package: who may import whom, and who may import torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import merge
+
+PACKAGE = Path(merge.__file__).parent
+LAYERS = {
+    "errors": 0,
+    "_version": 0,
+    "header": 1,
+    "keymap": 1,
+    "lora": 1,
+    "methods": 1,
+    "recipe": 2,
+    "sources": 2,
+    "reader": 2,
+    "writer": 2,
+    "digest": 2,
+    "plan": 3,
+    "engine": 3,
+    "export": 4,
+    "manifest": 4,
+    "describe": 4,
+    "editor": 4,
+    "environment": 4,
+    "verify": 5,
+    "run": 6,
+    "cli": 7,
+    "__main__": 7,
+    "__init__": 7,
+}
+TORCH_USERS = {"engine", "editor", "verify"}
+PRINTERS = {"cli"}
+
+
+def module_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    """Return the module or package of the first level that a file belongs to."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    """Return the first-level modules of this package that are imported anywhere in a file."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "merge":
+                names = [f"merge.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("merge.")}
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    edges: dict[str, set[str]] = {}
+    for path in module_files():
+        if room_of(path) == "__init__":
+            continue
+        imports = own_imports(ast.parse(path.read_text()))
+        edges.setdefault(room_of(path), set()).update(imports - {room_of(path)})
+    return edges
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {room_of(path) for path in module_files()} == set(LAYERS)
+
+
+def test_imports_go_down_or_one_way_inside_a_layer() -> None:
+    edges = graph()
+    upward = [
+        (room, other)
+        for room, imports in edges.items()
+        for other in imports
+        if LAYERS[other] > LAYERS[room]
+    ]
+    assert upward == []
+    both_ways = [
+        (room, other)
+        for room, imports in edges.items()
+        for other in imports
+        if room in edges.get(other, set())
+    ]
+    assert both_ways == []
+
+
+def test_only_some_modules_import_torch() -> None:
+    users = set()
+    for path in module_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            if any(name.split(".")[0] in ("torch", "diffusers", "transformers") for name in names):
+                users.add(room_of(path))
+    assert users <= TORCH_USERS
+
+
+def test_only_the_command_line_prints() -> None:
+    printers = set()
+    for path in module_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if name == "print" or name.startswith(("click.echo", "sys.stdout", "sys.stderr")):
+                    printers.add(room_of(path))
+    assert printers <= PRINTERS
+
+
+def test_no_room_for_leftovers() -> None:
+    names = {path.stem for path in module_files()}
+    assert not names & {"utils", "helpers", "common", "misc", "util"}
+
+
+def test_files_stay_short() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in module_files()}
+    assert {name: lines for name, lines in lengths.items() if lines > 420} == {}
+
+
+def test_public_names_are_sorted_and_load() -> None:
+    assert list(merge.__all__) == sorted(merge.__all__, key=lambda n: (n.islower(), n))
+    for name in merge.__all__:
+        assert getattr(merge, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = merge.nothing
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, merge; heavy = {'torch', 'diffusers', 'transformers', 'omegaconf', "
+        "'huggingface_hub', 'numpy', 'click'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.stdout.strip() == "[]", child.stderr
+
+
+def test_every_public_function_has_a_docstring() -> None:
+    missing = []
+    for path in module_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            if isinstance(node, kinds) and not node.name.startswith("_"):
+                nested = isinstance(node, ast.FunctionDef) and node.name in _nested(path)
+                if not ast.get_docstring(node) and not nested:
+                    missing.append(f"{path.name}:{node.name}")
+    assert missing == []
+
+
+def _nested(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names |= {
+                child.name
+                for child in ast.walk(node)
+                if isinstance(child, ast.FunctionDef) and child is not node
+            }
+        if isinstance(node, ast.ClassDef) and node.name.startswith("_"):
+            names |= {child.name for child in ast.walk(node) if isinstance(child, ast.FunctionDef)}
+    return names
