@@ -34,18 +34,20 @@ class MergeError(Exception):
     Attributes:
         hint: What the user can do about it; the last line of the message.
         exit_code: The exit status of the command line.
+        default_hint: The hint of a family, for errors that have no better one.
     """
 
     exit_code = 1
+    default_hint = "run it again with --debug and report what it prints"
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
     def __str__(self) -> str:
         """Return the message followed by its hint line."""
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+        return f"{self.message}\nhint: {self.hint}"
 
 
 class ProblemsError(MergeError):
@@ -67,12 +69,14 @@ class RecipeError(ProblemsError):
     """The recipe is not valid."""
 
     exit_code = 3
+    default_hint = "`instruct-merge recipes NAME` prints a recipe to start from"
 
 
 class SourceError(MergeError):
     """A model or a picture cannot be had."""
 
     exit_code = 4
+    default_hint = "check the path or the Hub id, in the recipe or on the command line"
 
 
 class SourceNotFoundError(SourceError):
@@ -95,18 +99,23 @@ class CheckpointError(MergeError):
     """A weight file breaks its format."""
 
     exit_code = 5
+    default_hint = "download the file again, or convert it to safetensors"
 
 
 class PlanError(ProblemsError):
     """The models of the recipe do not fit together."""
 
     exit_code = 6
+    default_hint = (
+        "base and distilled must be of the target's architecture, with the same keys and shapes"
+    )
 
 
 class EngineError(MergeError):
     """The merge itself failed."""
 
     exit_code = 7
+    default_hint = "try another --device, and `instruct-merge env` to see what is there"
 
 
 class NonFiniteError(EngineError):
@@ -121,6 +130,7 @@ class OutputError(MergeError):
     """The output cannot be written."""
 
     exit_code = 8
+    default_hint = "choose another folder with --out"
 
 
 class OutputExistsError(OutputError):
@@ -135,3 +145,4 @@ class VerificationError(MergeError):
     """The merged model failed a check."""
 
     exit_code = 9
+    default_hint = "report.json and images/ in the folder show what was measured"

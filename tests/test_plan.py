@@ -213,7 +213,7 @@ def test_another_architecture_is_refused_with_one_reason(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"prediction_type": "v_prediction"}, "predicts v_prediction"),
+        ({"prediction_type": "v_prediction"}, "its scheduler predicts v_prediction"),
         ({"_class_name": "EDMEulerScheduler"}, "its scheduler is EDMEulerScheduler"),
     ],
 )

@@ -105,14 +105,20 @@ def _run(words: list[str]) -> int:
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "instruct-merge"
+        click.echo(f"error: {error.format_message()}", err=True)
+        click.echo(f"hint: see `{command} --help`", err=True)
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was written", err=True)
+        click.echo("interrupted: nothing half-written is left", err=True)
         return EXIT_INTERRUPTED
     except _Terminated:
-        click.echo("terminated: nothing was written", err=True)
+        click.echo("terminated: nothing half-written is left", err=True)
         return EXIT_TERMINATED
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; Python would complain at exit.

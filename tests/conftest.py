@@ -1,0 +1,27 @@
+"""Models that several test modules share, made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with target, base, distilled and two LoRAs of Stable Diffusion 1.5's structure."""
+    from scripts.make_tiny import make_sd15
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd15"
+    make_sd15(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Stable Diffusion XL's structure."""
+    from scripts.make_tiny import make_sdxl
+
+    folder = tmp_path_factory.mktemp("tiny") / "sdxl"
+    make_sdxl(folder)
+    return folder
