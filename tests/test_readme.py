@@ -1,0 +1,102 @@
+"""Every command and recipe of the README is run or, where it needs the Hub, checked."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import merge.recipe.bundled as bundled
+from merge import load_recipe
+from merge.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("instruct-merge")]
+
+
+def test_every_command_runs(
+    tiny_sd15: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipes = tmp_path / "recipes"
+    shutil.copytree(ROOT / "recipes", recipes, ignore=shutil.ignore_patterns("demo"))
+    shutil.copytree(tiny_sd15, recipes / "demo" / "sd15")
+    # What needs the Hub runs with the demo's models in place of the Hub's.
+    demo = yaml.safe_load((recipes / "demo.yaml").read_text())
+    hub = recipes / "sd15-lcm-lora.yaml"
+    tree = yaml.safe_load(hub.read_text())
+    tree["models"] = {
+        "target": demo["models"]["target"],
+        "distilled": "./demo/sd15/lora_kohya.safetensors",
+    }
+    tree["verify"]["resolution"] = 64
+    hub.write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(bundled, "bundled_folder", lambda: recipes)
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((80, 64), 90).save(tmp_path / "photo.jpg")
+    todo = commands()
+    assert len(todo) >= 12
+    for words in todo:
+        with pytest.raises(SystemExit) as stop:
+            # The first run of the demo makes what later lines look at.
+            main([word for word in words[1:] if not word.startswith("mine.yaml/")])
+        captured = capsys.readouterr()
+        assert not stop.value.code, f"{words}: {captured.err}"
+        assert captured.out.strip(), words
+
+
+def test_the_annotated_recipe_is_valid_and_names_defaults(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    short = {"name": "mine", "models": yaml.safe_load(text)["models"]}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(short))
+    assert load_recipe(tmp_path / "short.yaml") == recipe
+
+
+def test_the_table_lists_every_bundled_recipe() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|", README, re.MULTILINE)
+    assert sorted(rows) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_the_error_shown_is_the_error_given(tmp_path: Path) -> None:
+    shown = re.search(r"    error: the recipe mine.yaml.*?\n    hint: [^\n]*", README, re.DOTALL)
+    assert shown is not None
+    tree = {"name": "mine", "wieght": 1, "out_dtype": "fp16"}
+    tree["models"] = {"base": "a/b", "distilled": "a/c", "target": "a/d"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(Exception, match="not valid") as caught:
+        load_recipe(tmp_path / "mine.yaml")
+    expected = "\n".join(f"    {line}" for line in f"error: {caught.value}".splitlines())
+    assert shown.group() == expected
+
+
+def test_the_python_names_exist() -> None:
+    (names,) = re.findall(r"`from merge import ([^`]*)`", README)
+    namespace: dict[str, object] = {}
+    exec(f"from merge import ({names})", namespace)
+    assert len(namespace) > 5
+
+
+def test_make_targets_are_the_makefiles() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z- ]+)`|^make ([a-z-]+)", README, re.MULTILINE))
+    words = {word for pair in named for text in pair for word in text.split()}
+    assert words
+    assert words <= targets
