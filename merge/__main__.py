@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 def main() -> None:
-    """Run the command line and exit with its status."""
+    """Run the command line and end the process with its status."""
     from merge.cli import main as run_cli
 
-    run_cli()
+    try:
+        run_cli()
+    except SystemExit as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Taking torch down module by module takes 0.4 s, and everything is on the disk already.
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 32 * 1024 * 1024
 MAX_NAME_BYTES = 1024
 MAX_RANK = 16
 MAX_DIMENSION = 2**48
+MAX_ELEMENTS = 2**63
 
 # Names in the reference library's order, narrow to wide: files are laid out from the end of this
 # list to its start. Bits per element.
@@ -85,7 +86,6 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\x80\x04", "a Python pickle"),
     (b"\x80\x05", "a Python pickle"),
     (b"GGUF", "a GGUF file"),
-    (b"<!DOCTYPE", "an HTML page, probably a failed download"),
     (b"<!doctype", "an HTML page, probably a failed download"),
     (b"<html", "an HTML page, probably a failed download"),
     (b'{"', "bare JSON without the length in front"),
@@ -158,8 +158,10 @@ def sniff(head: bytes) -> str:
     """Name what a file really is from its first bytes; empty when nothing is recognised."""
     if head and not any(head):
         return "all zeros, probably an unfinished download"
+    # Pages begin with blank lines at times, and write their tags in either case.
+    page = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for signature, what in _SIGNATURES:
-        if head.startswith(signature):
+        if head.startswith(signature) or (signature[:1] == b"<" and page.startswith(signature)):
             return what
     return ""
 
@@ -281,7 +283,7 @@ def _load_json(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError("the header is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"the header is no JSON: {error.msg} at byte {error.pos}") from None
+        raise CheckpointError(f"the header is no JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(tree, dict):
         raise CheckpointError("the header is not a JSON object")
     return tree
@@ -290,9 +292,11 @@ def _load_json(data: bytes) -> dict[str, Any]:
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"the header has the key {twice!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise CheckpointError(f"the header has the key {name[:40]!r} twice")
+            seen.add(name)
     return tree
 
 
@@ -310,6 +314,10 @@ def _bounded_int(text: str) -> int:
 def _parse_metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise CheckpointError("__metadata__ is not a map from strings to strings")
+    try:
+        "".join((*value, *value.values())).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError("__metadata__ has a lone surrogate") from None
     return value
 
 
@@ -324,6 +332,9 @@ def _parse_entry(name: str, entry: Any, data_start: int) -> TensorSpec:
         raise CheckpointError(f"{name}: shape must be at most {MAX_RANK} integers")
     if any(dimension >= MAX_DIMENSION for dimension in shape):
         raise CheckpointError(f"{name}: a dimension of {max(shape)} is impossible")
+    # Other readers multiply from the left and overflow before they come to a zero.
+    if element_count([size for size in shape if size]) >= MAX_ELEMENTS:
+        raise CheckpointError(f"{name}: the elements of shape {shape} overflow")
     if not _is_int_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{name}: data_offsets must be a begin and an end")
     try:
@@ -348,6 +359,9 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"tensor name {name[:40]!r} has {size} bytes")
     if any(unicodedata.category(character) == "Cc" for character in name):
         raise CheckpointError(f"tensor name {name!r} has a control character")
+    # No path is ever made from a name here, but other tools unpack files by their keys.
+    if ".." in name.replace("\\", "/").split("/"):
+        raise CheckpointError(f"tensor name {name!r} climbs out of its folder")
 
 
 def _is_int_list(value: Any) -> bool:

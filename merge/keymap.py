@@ -61,7 +61,7 @@ def detect_unet(shapes: Mapping[str, tuple[int, ...]]) -> UNetArchitecture | Non
     if conv_in is None or len(conv_in) != 4:
         return None
     context = next(
-        (shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0
+        (s[1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight") and len(s) == 2), 0
     )
     if "add_embedding.linear_1.weight" in shapes:
         family = "sdxl"

@@ -170,7 +170,7 @@ def _build_module(
     if not parts.down or not parts.up:
         return f"{stem}: it has only one of its two factors"
     down, up, weight = shapes[parts.down], shapes[parts.up], target[key]
-    if len(down) < 2 or len(up) < 2 or down[0] != up[1] or element_count(up[2:]) != 1:
+    if len(down) < 2 or len(up) < 2 or not 0 < down[0] == up[1] or element_count(up[2:]) != 1:
         return f"{stem}: factors {list(up)} and {list(down)} do not multiply"
     if parts.alpha is not None and element_count(shapes[parts.alpha]) != 1:
         return f"{parts.alpha}: alpha must be one number, not of shape {list(shapes[parts.alpha])}"
@@ -181,7 +181,7 @@ def _build_module(
             f"{stem}: its delta has shape {[up[0], *down[1:]]} and {key} has shape {list(weight)}"
         )
     rank = down[0]
-    alpha = None if parts.alpha else alphas.find(path)
+    alpha = None if parts.alpha else alphas.find(key.removesuffix(".weight"))
     return LoraModule(key, parts.down, parts.up, rank, parts.alpha, alpha, down[1] if narrow else 0)
 
 
@@ -215,7 +215,7 @@ class _MetadataAlphas:
                 None if alpha is None else float(alpha),
                 {str(name): float(value) for name, value in patterns.items()},
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             problems.append(f"lora_adapter_metadata cannot be read: {error}")
             return _MetadataAlphas()
 

@@ -9,9 +9,10 @@ from merge.header import DTYPE_BITS
 from merge.plan.model import TensorPlan
 
 MIB = 1024 * 1024
-# Elements of one block on the CPU. Inputs, float32 scratch and output of a block stay in a core's
-# cache: 64Ki and 256Ki were within 5 % of this, 1Mi and more up to twice slower.
-CPU_BLOCK_ELEMENTS = 128 * 1024
+# Elements of one block on the CPU: few enough that inputs, float32 scratch and output stay in a
+# core's cache, enough that the interpreter's part of a block does not count. Measured with two
+# threads, 64Ki and 128Ki were slower by half and a fifth, 512Ki about the same.
+CPU_BLOCK_ELEMENTS = 256 * 1024
 # A LoRA block is a matrix product; fewer rows than this would leave the multiplier idle.
 LORA_BLOCK_ELEMENTS = 512 * 1024
 # On a GPU a block has to be worth a kernel launch and a transfer.

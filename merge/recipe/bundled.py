@@ -22,16 +22,32 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(bundled_folder().glob("*.yaml"))}
 
 
+def expand_home(text: str) -> Path:
+    """Return a path with `~` replaced; one of an unknown user stays as it is, as in a shell."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def find_recipe(name_or_path: str) -> Path:
     """Return the file of a recipe given as a path or as a bundled name.
 
     Raises:
         RecipeError: there is no such file and no such name.
     """
-    path = Path(name_or_path).expanduser()
-    if path.suffix in RECIPE_SUFFIXES or path.is_file() or len(path.parts) > 1:
-        if path.is_file():
-            return path
+    path = expand_home(name_or_path)
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise RecipeError(
+            f"there is no recipe {name_or_path[:80]}: {error.strerror}",
+            [],
+            hint="`instruct-merge recipes` lists the bundled ones and copies them",
+        ) from None
+    if is_file:
+        return path
+    if path.suffix in RECIPE_SUFFIXES or len(path.parts) > 1:
         raise RecipeError(
             f"there is no recipe file {name_or_path}",
             [],
