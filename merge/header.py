@@ -283,7 +283,9 @@ def _load_json(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError("the header is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"the header is no JSON: {error.msg} at character {error.pos}") from None
+        raise CheckpointError(
+            f"the header is no JSON: {error.msg} at character {error.pos}"
+        ) from None
     if not isinstance(tree, dict):
         raise CheckpointError("the header is not a JSON object")
     return tree
@@ -327,7 +329,7 @@ def _parse_entry(name: str, entry: Any, data_start: int) -> TensorSpec:
         raise CheckpointError(f"{name}: an entry must have dtype, shape and data_offsets only")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{name}: unknown dtype {dtype!r}")
+        raise CheckpointError(f"{name}: unknown dtype {repr(dtype)[:40]}")
     if not _is_int_list(shape) or len(shape) > MAX_RANK:
         raise CheckpointError(f"{name}: shape must be at most {MAX_RANK} integers")
     if any(dimension >= MAX_DIMENSION for dimension in shape):
@@ -354,7 +356,7 @@ def _check_name(name: str) -> None:
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        raise CheckpointError(f"tensor name {name!r} has a lone surrogate") from None
+        raise CheckpointError(f"tensor name {name[:40]!r} has a lone surrogate") from None
     if not 0 < size <= MAX_NAME_BYTES:
         raise CheckpointError(f"tensor name {name[:40]!r} has {size} bytes")
     if any(unicodedata.category(character) == "Cc" for character in name):

@@ -5,7 +5,9 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge import MergeError, load_recipe, run_recipe
+from merge.engine import execute
+from merge.engine.lane import Lane
 from merge.errors import EngineError, IntegrityError, NonFiniteError
 from tests.mini import (
     bits,
@@ -353,8 +357,6 @@ def test_an_input_that_changes_during_the_run_is_caught(
 ) -> None:
     models = write_models(tmp_path)
     write_recipe(tmp_path)
-    from merge.engine import execute
-
     original = execute._run_workers
 
     def run_then_change(lanes: object, queue: object) -> None:
@@ -487,6 +489,60 @@ def test_a_four_channel_conv_in_lora_follows_the_channel_rule(tmp_path: Path) ->
     )
     with pytest.raises(MergeError, match=r"conv_in.weight: 8 input channels.*channel_rule"):
         merge(tmp_path, "channel_rule=error")
+
+
+# Device buffers --------------------------------------------------------------------------------
+
+
+class StagedLane(Lane):
+    """The CUDA lane's transfers on the CPU: device buffers of its own and a host that is reused."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self._raw = [torch.full_like(buffer, 0x55) for buffer in self._host]
+        self._stream = SimpleNamespace(synchronize=lambda: None)
+        self.transfers = 0
+
+        def record() -> None:
+            self.transfers += 1
+
+        self._sent = [SimpleNamespace(synchronize=lambda: None, record=record)] * 4
+
+    def _on_stream(self) -> object:
+        return nullcontext()
+
+
+def test_transfers_through_device_buffers_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = write_models(tmp_path)
+    models["target"]["position_ids"] = torch.arange(77)
+    for role, tensors in models.items():
+        tensors["mid_block.values.weight"] = special_values(torch.float16, 600_000, len(role))
+        write_unet(tmp_path / role, tensors)
+    write_lora(tmp_path / "lora.safetensors", models["target"])
+    distilled = [{"path": "./distilled"}, {"path": "./lora.safetensors", "weight": 0.5}]
+    for out in ("float16", "float32", "keep"):
+        write_recipe(
+            tmp_path,
+            out_dtype=out,
+            exclude=["conv_out.*", "position_ids"],
+            channel_rule="first",
+            models={"base": "./base", "target": "./target", "distilled": distilled},
+        )
+        plain = merge(tmp_path)
+        lanes = []
+
+        def staged(*arguments: object, **options: object) -> StagedLane:
+            lanes.append(StagedLane(*arguments, **options))  # noqa: B023
+            return lanes[-1]  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(execute, "Lane", staged)
+            through = merge(tmp_path)
+        assert sum(lane.transfers for lane in lanes) > 10
+        for key, tensor in plain.items():
+            assert torch.equal(through[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
 # CUDA -----------------------------------------------------------------------------------------

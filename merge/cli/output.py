@@ -121,6 +121,9 @@ class Bars:
                 )
             if self._bar is not None:
                 self._bar.update(done - self._bar.n)
+                if done >= total:
+                    # What is said next must not stand in the middle of a bar.
+                    self.close()
 
     def close(self) -> None:
         """End the bar that is shown."""

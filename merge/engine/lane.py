@@ -65,6 +65,11 @@ class Lane:
         )
         self._wide: list[torch.Tensor] = []
         self._stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        # Recorded after each transfer out of a host buffer, which may be refilled only then.
+        self._sent: list[Any] = [
+            torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+            for _ in self._host
+        ]
 
     def run(self, unit: Unit, state: TensorState) -> None:
         """Compute and write one unit.
@@ -215,6 +220,8 @@ class Lane:
     def _read(self, ref: TensorRef, start: int, count: int, slot: int) -> int:
         width = DTYPE_BITS[ref.dtype] // 8
         size = count * width
+        if self._sent[slot] is not None:
+            self._sent[slot].synchronize()
         self._readers[ref.file].read_into(self._bytes[slot][:size], ref.start + start * width)
         return size
 
@@ -224,6 +231,7 @@ class Lane:
         raw = self._raw[slot]
         if raw is not self._host[slot]:
             raw[:size].copy_(self._host[slot][:size], non_blocking=True)
+            self._sent[slot].record()
         stored = raw[:size].view(TORCH_DTYPES[ref.dtype])
         if ref.dtype == "F32":
             return stored

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import re
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from merge.errors import RecipeError
-from merge.recipe.bundled import find_recipe
+from merge.recipe.bundled import expand_home, find_recipe
 from merge.recipe.schema import DistilledRef, EditSpec, ModelRef, Recipe
 from merge.recipe.text import annotation_at, fields_of, parse_value, parse_yaml
 from merge.recipe.validate import validate
@@ -22,6 +23,8 @@ from merge.recipe.validate import validate
 # Resolvers such as ${oc.env:TOKEN} leak secrets and ${oc.coerce:...} imports modules named in the
 # YAML, so only a plain ${key} may appear.
 _INTERPOLATION = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.\[\]]*\}")
+# A dozen strings that each repeat another ten times would fill the memory.
+MAX_INTERPOLATIONS = 16
 _KEY_PART = re.compile(r"([^.\[\]=]+)|\[([^\]]+)\]")
 
 Keys = list[str | int]
@@ -52,14 +55,19 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _list_distilled(tree)
     overridden = [_apply_override(tree, word, problems) for word in overrides]
     _list_distilled(tree)
-    forbidden = list(_interpolation_problems(tree, ""))
-    problems += forbidden
-    # OmegaConf runs resolvers as soon as it reads a value, so a forbidden one must not reach it.
-    loaded = None if forbidden else _to_recipe(tree, problems)
+    loaded = None
+    if _interpolation_count(tree) > MAX_INTERPOLATIONS:
+        problems.append(f"${{key}} is used more than {MAX_INTERPOLATIONS} times")
+    else:
+        loaded = _to_recipe(tree, problems)
     if loaded is not None:
         origins = [keys for keys in overridden if keys]
         loaded = _absolute_paths(loaded, path.resolve().parent, origins)
-        problems += validate(loaded)
+        problems += [
+            problem
+            for problem in validate(loaded)
+            if not _is_reported(problem.split(": ", 1)[0], problems)
+        ]
     if problems or loaded is None:
         raise RecipeError(
             f"the recipe {path.name} is not valid:",
@@ -85,8 +93,13 @@ def _apply_override(tree: dict[str, Any], word: str, problems: list[str]) -> Key
         return []
     # The short form models.distilled.path=... means the only distilled model.
     if keys[:2] == ["models", "distilled"] and len(keys) > 2 and isinstance(keys[2], str):
+        models = tree.get("models")
+        listed = models.get("distilled") if isinstance(models, dict) else None
+        if isinstance(listed, list) and len(listed) > 1:
+            problems.append(f"override {word!r}: say which one, as in models.distilled[0]")
+            return []
         keys.insert(2, 0)
-    value = parse_value(text, annotation_at(Recipe, keys), name, problems)
+    value = parse_value(text, annotation_at(Recipe, keys), _dotted(keys), problems)
     node: Any = tree
     for key, following in itertools.pairwise(keys):
         node = _step_into(node, key, [] if isinstance(following, int) else {})
@@ -123,27 +136,65 @@ def _split_key(name: str) -> Keys:
         if match is None:
             return []
         plain, bracketed = match.groups()
-        if plain is None and bracketed.isdigit():
+        if plain is None and bracketed.isdecimal():
             keys.append(int(bracketed))
         else:
             keys.append(plain if plain is not None else bracketed)
         position = match.end()
-        if position < len(name) and name[position] == ".":
+        if name.startswith(".", position):
             position += 1
+            if position == len(name):
+                return []
     return keys
 
 
-def _interpolation_problems(value: Any, path: str) -> Iterable[str]:
+def _interpolation_count(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_interpolation_count, value.values()))
+    if isinstance(value, list):
+        return sum(map(_interpolation_count, value))
+    return value.count("${") if isinstance(value, str) else 0
+
+
+def _text_problems(value: Any, path: str) -> Iterable[str]:
     if isinstance(value, dict):
         for key, item in value.items():
             if "${" in key:
                 yield f"{path}: keys may not hold an interpolation ({key})"
-            yield from _interpolation_problems(item, f"{path}.{key}" if path else key)
+            yield from _text_problems(item, f"{path}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _interpolation_problems(item, f"{path}[{index}]")
+            yield from _text_problems(item, f"{path}[{index}]")
     elif isinstance(value, str) and "${" in _INTERPOLATION.sub("", value):
         yield f"{path}: only plain ${{key}} may be used, not {value!r}"
+    elif value == "???":
+        # OmegaConf's mark of a value that is still to come; it would give the default instead.
+        yield f"{path}: '???' is no value"
+
+
+def _shape_problem(annotation: Any, value: Any, path: str) -> str:
+    """Say what is wrong with the nesting of a value, of which OmegaConf checks only the top."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    wants = dict if dataclasses.is_dataclass(annotation) else origin
+    if wants is dict and not isinstance(value, dict):
+        return f"{path}: must be a mapping of names to values, not {repr(value)[:60]}"
+    if wants is list and not isinstance(value, list):
+        return f"{path}: must be a list such as [a, b], not {repr(value)[:60]}"
+    if wants is None and annotation is not Any and isinstance(value, (dict, list)):
+        return f"{path}: must be a single value, not {repr(value)[:60]}"
+    if origin is list:
+        entries = [(f"{path}[{index}]", arguments[0], item) for index, item in enumerate(value)]
+    elif origin is dict:
+        entries = [(f"{path}.{key}", arguments[1], item) for key, item in value.items()]
+    else:
+        return ""
+    for inner, wanted, item in entries:
+        problem = _shape_problem(wanted, item, inner)
+        if item is None and wanted is not Any:
+            problem = f"{inner}: it has no value"
+        if problem:
+            return problem
+    return ""
 
 
 def _to_recipe(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
@@ -157,11 +208,7 @@ def _to_recipe(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
     except OmegaConfBaseException as error:
         problems.append(f"{error.full_key}: {_first_line(error)}")
         return None
-    problems += [
-        f"{key}: missing"
-        for key in missing
-        if not any(problem.startswith(key) for problem in problems)
-    ]
+    problems += [f"{key}: missing" for key in missing if not _is_reported(key, problems)]
     assert loaded is None or isinstance(loaded, Recipe)
     return loaded
 
@@ -175,24 +222,35 @@ def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]
             problems.append(f"{_dotted(here)}: unknown key{_did_you_mean(key, declared)}")
             continue
         annotation = annotation_at(schema, [key])
+        problem = _shape_problem(annotation, value, _dotted(here)) if value is not None else ""
+        if problem:
+            problems.append(problem)
+            continue
         if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
             clean[key] = _checked(value, annotation, here, problems)  # type: ignore[arg-type]
             continue
-        if annotation in (list[DistilledRef], list[EditSpec]) and isinstance(value, list):
+        if annotation in (list[DistilledRef], list[EditSpec]) and value is not None:
             item = DistilledRef if annotation == list[DistilledRef] else EditSpec
-            clean[key] = [
-                _checked(entry, item, [*here, index], problems)
-                if isinstance(entry, dict)
-                else entry
-                for index, entry in enumerate(value)
+            value = [
+                _checked(entry, item, [*here, index], problems) for index, entry in enumerate(value)
             ]
-            value = clean[key]
+        else:
+            found = list(_text_problems(value, _dotted(here)))
+            problems += found
+            if found or _is_reported(_dotted(here), problems):
+                # OmegaConf runs resolvers as soon as it reads a value: these must not reach it.
+                continue
         try:
             OmegaConf.merge(OmegaConf.structured(Recipe), _nest(here, value))
             clean[key] = value
         except OmegaConfBaseException as error:
             problems.append(f"{_dotted(here)}: {_first_line(error)}")
     return clean
+
+
+def _is_reported(field: str, problems: Sequence[str]) -> bool:
+    """Return True when a field, or something inside of it, is named as a problem already."""
+    return any(problem.startswith((f"{field}:", f"{field}.", f"{field}[")) for problem in problems)
 
 
 def _nest(path: Keys, value: Any) -> Any:
@@ -254,4 +312,4 @@ def _absolute_paths(recipe: Recipe, recipe_folder: Path, overridden: Sequence[Ke
 
 def _absolute(text: str, folder: Path) -> str:
     # Symbolic links stay as written: a cache of links keeps its own names that way.
-    return str(folder / Path(text).expanduser())
+    return str(folder / expand_home(text))

@@ -21,8 +21,11 @@ from merge.errors import RecipeError
 from merge.recipe.schema import DistilledRef, ModelRef
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-_PLAIN_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|nan)", re.I)
+_PLAIN_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|nan)", re.I | re.A)
 _OCTAL = re.compile(r"[-+]?0\d+")
+# Deep enough for every recipe, and far from the recursion limits of the libraries below.
+MAX_DEPTH = 16
+_NULL_WORDS = ("", "null", "Null", "NULL", "~")
 _NULL_TAG = "tag:yaml.org,2002:null"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -39,8 +42,6 @@ def parse_yaml(text: str, schema: type, problems: list[str]) -> dict[str, Any]:
         RecipeError: the text is no YAML, or no mapping.
     """
     value, node = _parse(text)
-    if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
-        raise RecipeError("the recipe is empty or not a mapping of names to values", [])
     converted: dict[str, Any] = _convert(node, value, schema, "", problems)
     return converted
 
@@ -54,6 +55,9 @@ def parse_value(text: str, annotation: Any, path: str, problems: list[str]) -> A
         path: The key, for messages.
         problems: Gets a line when the spelling is refused.
     """
+    if annotation is str and not text.lstrip().startswith(("'", '"')):
+        # YAML would cut `make it #1` at its comment and take `[x]` for a list.
+        return None if text.strip() in _NULL_WORDS else text.strip()
     try:
         wrapped, root = _parse(f"value: {text}")
         ((_, node),) = root.value
@@ -63,6 +67,9 @@ def parse_value(text: str, annotation: Any, path: str, problems: list[str]) -> A
             return text
         problems.append(f"{path}: {text!r} is not a YAML value")
         return None
+    is_plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag != _NULL_TAG
+    if annotation in (ModelRef, DistilledRef) and is_plain:
+        return _reference(text.strip())
     return _convert(node, wrapped["value"], annotation, path, problems)
 
 
@@ -92,14 +99,30 @@ def _parse(text: str) -> tuple[Any, Any]:
     # OmegaConf refuses duplicate keys, tags that build objects and alias bombs; the node tree of
     # the same text still has every scalar as it was written.
     try:
-        config = OmegaConf.create(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError("the recipe is empty or not a mapping of names to values", [])
+        config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        if _depth(config) > MAX_DEPTH:
+            raise RecipeError(f"the recipe is nested more than {MAX_DEPTH} levels deep", [])
+    except RecursionError:
+        raise RecipeError("the recipe is nested too deeply", []) from None
+    except (KeyError, AttributeError) as error:
+        # PyYAML's own slips on an explicit tag with a wrong value, such as `!!bool x`.
+        raise RecipeError(f"the recipe has a YAML tag with a wrong value: {error}", []) from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""
         problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
         raise RecipeError(f"the recipe is not valid YAML{line}: {problem}", []) from None
-    return OmegaConf.to_container(config, resolve=False), root
+    return config, root
+
+
+def _depth(value: Any) -> int:
+    if isinstance(value, (dict, list)):
+        items = value.values() if isinstance(value, dict) else value
+        return 1 + max(map(_depth, items), default=0)
+    return 0
 
 
 def _convert(node: yaml.Node, value: Any, annotation: Any, path: str, problems: list[str]) -> Any:
@@ -118,9 +141,10 @@ def _convert(node: yaml.Node, value: Any, annotation: Any, path: str, problems: 
         return node.value
     if annotation in (ModelRef, DistilledRef) or annotation == list[DistilledRef]:
         return _reference(node.value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation in (float, int) and is_number and not _is_plain_number(node.value):
+    if annotation in (float, int) and not _is_plain_number(node.value):
         problems.append(f"{path}: {node.value!r} is not a plain number")
+    if annotation is Any and not _reads_as_written(value, node.value):
+        problems.append(f"{path}: YAML reads {node.value!r} as {value!r}, put it in quotes")
     return value
 
 
@@ -139,8 +163,12 @@ def _convert_mapping(
     if any(key.tag == _MERGE_TAG for key, _ in node.value):
         problems.append(f"{path or 'recipe'}: YAML merge keys (<<) are not supported")
         return result
-    for (key_node, child), entry in zip(node.value, value.values(), strict=True):
-        key = str(key_node.value)
+    keys = [str(key.value) for key, _ in node.value]
+    if len(set(keys)) < len(keys) or len(value) < len(keys):
+        # `1` and `"1"`, or `on` and `true`, of which only one would be left.
+        problems.append(f"{path or 'recipe'}: two of its keys are the same: {', '.join(keys)}")
+        return result
+    for key, (_, child), entry in zip(keys, node.value, value.values(), strict=True):
         child_path = f"{path}.{key}" if path else key
         result[key] = _convert(child, entry, declared.get(key, item), child_path, problems)
     return result
@@ -154,8 +182,15 @@ def _reference(text: str) -> dict[str, Any]:
     return {"repo": repo, "revision": revision} if revision else {"repo": repo}
 
 
+def _reads_as_written(value: Any, text: str) -> bool:
+    if isinstance(value, bool):
+        return text.lower() in ("true", "false")
+    return isinstance(value, str) or _is_plain_number(text)
+
+
 def _is_plain_number(text: str) -> bool:
-    return bool(_PLAIN_NUMBER.fullmatch(text)) and not _OCTAL.fullmatch(text)
+    # An interpolation is checked by its type, once it has a value.
+    return "${" in text or (bool(_PLAIN_NUMBER.fullmatch(text)) and not _OCTAL.fullmatch(text))
 
 
 def _strip_optional(annotation: Any) -> Any:

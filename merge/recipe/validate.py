@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -125,6 +126,11 @@ def _check_rules(recipe: Recipe) -> Iterator[str]:
 def _check_output(recipe: Recipe) -> Iterator[str]:
     if not _IDENTIFIER.fullmatch(recipe.scheduler.class_name):
         yield f"scheduler.class_name: {recipe.scheduler.class_name!r} is no class name"
+    for name, value in recipe.scheduler.config.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            yield f"scheduler.config.{name}: it cannot be written as JSON: {error}"
     if not recipe.output.folder or "\0" in recipe.output.folder:
         yield f"output.folder: {recipe.output.folder!r} is no path"
     if recipe.output.single_file:
