@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merge._version import __version__
 
 if TYPE_CHECKING:
-    from merge.editor import EditSettings, load_editor, load_image
+    from merge.editor import EditSettings, edit, load_editor, load_image
     from merge.errors import MergeError
     from merge.plan import build_plan
     from merge.recipe import load_recipe
@@ -28,6 +28,7 @@ _HOMES = {
     "EditSettings": "merge.editor",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan",
+    "edit": "merge.editor",
     "load_editor": "merge.editor",
     "load_image": "merge.editor",
     "load_recipe": "merge.recipe",
@@ -42,6 +43,7 @@ __all__ = [
     "MergeError",
     "__version__",
     "build_plan",
+    "edit",
     "load_editor",
     "load_image",
     "load_recipe",

@@ -117,46 +117,6 @@ class Editor:
             lines.append(f"SDXL edits at {resolution} px: only 768 was found to work")
         return lines
 
-    def edit(self, image: Image.Image, instruction: str, settings: EditSettings) -> EditResult:
-        """Edit one picture.
-
-        Args:
-            image: Any size and mode.
-            instruction: What to change, as a command.
-            settings: Steps, guidance, seed and size.
-
-        Raises:
-            ImageError: the picture or the instruction is empty, or a setting is out of range.
-            DeviceError: the device is out of memory.
-        """
-        _check_request(instruction, settings)
-        source = resize_image(image, settings.resolution or self.default_resolution)
-        pipeline = self.pipeline
-        _set_schedule(pipeline, settings)
-        size = {"height": source.height, "width": source.width} if self.is_xl else {}
-        steps = len(settings.timesteps) if settings.timesteps else settings.steps
-        started = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                output = pipeline(
-                    prompt=instruction,
-                    image=source,
-                    num_inference_steps=steps,
-                    guidance_scale=settings.guidance_scale,
-                    image_guidance_scale=settings.image_guidance_scale,
-                    generator=torch.Generator("cpu").manual_seed(settings.seed),
-                    output_type="np",
-                    **size,
-                )
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"the GPU is out of memory: {error}", hint="use a smaller --resolution"
-            ) from error
-        seconds = time.perf_counter() - started
-        guided = settings.guidance_scale > 1 and settings.image_guidance_scale >= 1
-        rows = steps * (3 if guided else 1)
-        return EditResult(output.images[0], source, rows, seconds)
-
 
 def load_editor(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> Editor:
     """Load an exported folder for editing.
@@ -202,6 +162,56 @@ def load_editor(folder: str | Path, *, device: str = "auto", dtype: str = "auto"
         pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return Editor(pipeline.to(where), folder, where)
+
+
+def edit(
+    editor: Editor,
+    image: Image.Image | str | Path,
+    instruction: str,
+    settings: EditSettings | None = None,
+) -> EditResult:
+    """Edit one picture.
+
+    Args:
+        editor: From `load_editor`.
+        image: A picture of any size and mode, or the path of one.
+        instruction: What to change, as a command.
+        settings: Steps, guidance, seed and size; None takes the defaults.
+
+    Raises:
+        ImageError: the picture or the instruction is empty, or a setting is out of range.
+        DeviceError: the device is out of memory.
+    """
+    settings = settings or EditSettings()
+    _check_request(instruction, settings)
+    if not isinstance(image, Image.Image):
+        image = load_image(image)
+    source = resize_image(image, settings.resolution or editor.default_resolution)
+    pipeline = editor.pipeline
+    _set_schedule(pipeline, settings)
+    size = {"height": source.height, "width": source.width} if editor.is_xl else {}
+    steps = len(settings.timesteps) if settings.timesteps else settings.steps
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            output = pipeline(
+                prompt=instruction,
+                image=source,
+                num_inference_steps=steps,
+                guidance_scale=settings.guidance_scale,
+                image_guidance_scale=settings.image_guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(settings.seed),
+                output_type="np",
+                **size,
+            )
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the GPU is out of memory: {error}", hint="use a smaller --resolution"
+        ) from error
+    seconds = time.perf_counter() - started
+    guided = settings.guidance_scale > 1 and settings.image_guidance_scale >= 1
+    rows = steps * (3 if guided else 1)
+    return EditResult(output.images[0], source, rows, seconds)
 
 
 def load_image(path: str | Path) -> Image.Image:

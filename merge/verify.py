@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from merge.digest import digest_file
 from merge.editor import Editor, EditResult, EditSettings, load_editor, load_image
+from merge.editor import edit as edit_picture
 from merge.errors import RecipeError, SourceNotFoundError, VerificationError
 from merge.manifest import json_bytes, read_locked_recipe, read_manifest
 
@@ -234,7 +235,7 @@ def _run_edit(
         _LOG.warning("%s", line)
     assert settings.resolution is not None
     picture = default_picture(settings.resolution) if edit.image is None else load_image(edit.image)
-    result = editor.edit(picture, edit.instruction, settings)
+    result = edit_picture(editor, picture, edit.instruction, settings)
     names = [f"images/{index:02d}-{settings.seed}-{kind}.png" for kind in ("source", "merged")]
     result.source.save(images.parent / names[0])
     save_png(result.to_pil(), images.parent / names[1], settings, edit.instruction)

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from merge import load_recipe, run_recipe, verify_files, verify_folder
-from merge.editor import EditSettings, load_editor, load_image, resize_image
+from merge.editor import EditSettings, edit, load_editor, load_image, resize_image
 from merge.errors import (
     CheckpointError,
     ImageError,
@@ -364,8 +364,8 @@ def test_edit_writes_a_picture(exported: Path, tmp_path: Path) -> None:
 def test_edits_repeat_and_follow_their_settings(exported: Path) -> None:
     editor = load_editor(exported, device="cpu")
     picture = default_picture(64)
-    first = editor.edit(picture, "make it blue", EditSettings())
-    again = editor.edit(picture, "make it blue", EditSettings())
+    first = edit(editor, picture, "make it blue", EditSettings())
+    again = edit(editor, picture, "make it blue", EditSettings())
     assert np.array_equal(first.image, again.image)
     for settings in (
         EditSettings(seed=1),
@@ -375,13 +375,13 @@ def test_edits_repeat_and_follow_their_settings(exported: Path) -> None:
         EditSettings(original_inference_steps=100),
         EditSettings(timesteps=(999, 749, 499, 249)),
     ):
-        other = editor.edit(picture, "make it blue", settings)
+        other = edit(editor, picture, "make it blue", settings)
         assert not np.array_equal(first.image, other.image), settings
-    hundred = editor.edit(picture, "make it blue", EditSettings(original_inference_steps=100))
-    listed = editor.edit(picture, "make it blue", EditSettings(timesteps=(999, 749, 499, 249)))
+    hundred = edit(editor, picture, "make it blue", EditSettings(original_inference_steps=100))
+    listed = edit(editor, picture, "make it blue", EditSettings(timesteps=(999, 749, 499, 249)))
     # With 100 original steps the four timesteps are just these.
     assert np.array_equal(hundred.image, listed.image)
-    assert editor.edit(picture, "blue", EditSettings(guidance_scale=1.0)).unet_rows == 4
+    assert edit(editor, picture, "blue", EditSettings(guidance_scale=1.0)).unet_rows == 4
     lines = editor.warnings_for(EditSettings(guidance_scale=5, image_guidance_scale=0.5))
     assert len(lines) == 2
 
@@ -389,7 +389,7 @@ def test_edits_repeat_and_follow_their_settings(exported: Path) -> None:
 def test_the_sdxl_export_edits(exported_xl: Path) -> None:
     editor = load_editor(exported_xl, device="cpu")
     assert editor.is_xl
-    result = editor.edit(default_picture(96), "make it blue", EditSettings(resolution=96))
+    result = edit(editor, default_picture(96), "make it blue", EditSettings(resolution=96))
     assert result.image.shape == (96, 96, 3)
     assert result.non_finite_count == 0
     assert verify_folder(exported_xl, device="cpu").is_file()
@@ -410,7 +410,7 @@ def test_bad_requests_are_refused(
 ) -> None:
     editor = load_editor(exported, device="cpu")
     with pytest.raises(ImageError, match=message):
-        editor.edit(default_picture(64), instruction, settings)
+        edit(editor, default_picture(64), instruction, settings)
 
 
 def test_bad_checkpoints_are_refused(exported: Path, tmp_path: Path) -> None:

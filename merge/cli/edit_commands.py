@@ -90,7 +90,7 @@ def edit_command(
         )
     chosen = _parse_timesteps(timesteps)
     _silence_libraries()
-    from merge.editor import EditSettings, load_editor, load_image
+    from merge.editor import EditSettings, edit, load_editor, load_image
     from merge.verify import save_png
 
     settings = EditSettings(
@@ -106,7 +106,7 @@ def edit_command(
     editor = load_editor(checkpoint, device=device, dtype=dtype)
     for line in editor.warnings_for(settings):
         _LOG.warning("%s", line)
-    result = editor.edit(picture, instruction, settings)
+    result = edit(editor, picture, instruction, settings)
     if result.non_finite_count:
         raise VerificationError(
             f"the edited picture has {result.non_finite_count} values that are not finite",

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge.errors import OfflineError, SourceError, SourceNotFoundError
+from merge.recipe.bundled import bundled_folder
 from merge.recipe.schema import ModelRef, Recipe
 from merge.sources.model import ComponentFiles, Pipeline, ResolvedModel, SourceFile, Sources
 from merge.sources.select import (
@@ -59,10 +60,10 @@ def _resolve_layout(ref: ModelRef, role: str) -> ResolvedModel:
         if path.is_file():
             return _resolve_file(ref, role, path)
         if not path.is_dir():
-            raise SourceNotFoundError(
-                f"there is no file or folder {path}",
-                hint="paths are relative to the recipe file, those of overrides to this folder",
-            )
+            hint = "paths are relative to the recipe file, those of overrides to this folder"
+            if path.is_relative_to(bundled_folder()):
+                hint = "the demo's models are made by `make demo` in a clone of the repository"
+            raise SourceNotFoundError(f"there is no file or folder {path}", hint=hint)
         return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path))
     assert ref.repo is not None
     store = HubStore.open(ref.repo, ref.revision)
