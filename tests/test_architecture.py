@@ -38,7 +38,7 @@ LAYERS = {
     "__init__": 7,
 }
 TORCH_USERS = {"engine", "editor", "verify"}
-PRINTERS = {"cli"}
+PRINTERS = {"cli", "__main__"}
 
 
 def module_files() -> list[Path]:
