@@ -265,7 +265,6 @@ class _Run:
         return True
 
     def _run_record(self, device: str, workers: int, plan: MergePlan) -> dict[str, Any]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         merge_s = self.seconds["merge"]
         moved = plan.read_bytes + plan.write_bytes - 2 * plan.copy_bytes
         return {
@@ -275,8 +274,7 @@ class _Run:
             "threads": workers,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "merge_bytes_per_s": round(moved / merge_s) if merge_s else None,
-            # macOS counts bytes, Linux kibibytes.
-            "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+            "peak_rss_bytes": _peak_rss_bytes(),
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -383,6 +381,16 @@ def _run_child(command: list[str]) -> None:
     if message == "the closing edit failed" and lines:
         message = f"the closing edit failed: {lines[-1]}"
     raise VerificationError(message, hint=hint or "see `instruct-merge edit --help` to try it")
+
+
+def _peak_rss_bytes() -> int:
+    """Return the largest memory that this process held so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count what the parent held when it forked.
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _sha256(data: bytes) -> str:

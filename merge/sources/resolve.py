@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -110,7 +110,7 @@ def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> Resol
         return _resolve_repo_file(ref, role, store, label, prefix)
     is_pipeline = "model_index.json" in inside
     unet = f"{prefix}unet/" if is_pipeline or _below(inside, "unet/") else prefix
-    weights = select_weights(_direct(store.names, unet), ref.variant, _where(label, unet))
+    weights = _select(store, _direct(store.names, unet), ref.variant, _where(label, unet))
     needed = {f"{unet}{name}" for name in weights.names}
     config_name = f"{unet}config.json"
     scheduler_name = f"{prefix}scheduler/scheduler_config.json"
@@ -168,6 +168,11 @@ def _resolve_repo_file(
     return ResolvedModel(role, label, ref.repo, commit, root, False, weights, "", None, None, None)
 
 
+def _select(store: Store, names: Collection[str], variant: str | None, where: str) -> Weights:
+    is_partial = isinstance(store, HubStore) and store.offline
+    return select_weights(names, variant, where, is_partial=is_partial)
+
+
 def _select_components(
     index: Mapping[str, Any], store: Store, prefix: str, variant: str | None, label: str
 ) -> dict[str, tuple[Weights | None, list[str]]]:
@@ -190,7 +195,7 @@ def _select_components(
             raise SourceNotFoundError(f"{label} lacks the folder of its component {name}")
         where = _where(label, f"{prefix}{name}/")
         direct = {other for other in names if "/" not in other}
-        weights = select_weights(direct, variant, where) if has_weights(direct) else None
+        weights = _select(store, direct, variant, where) if has_weights(direct) else None
         selected[name] = (weights, companion_files(names))
     return selected
 

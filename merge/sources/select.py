@@ -48,7 +48,9 @@ class Weights:
     variant: str
 
 
-def select_weights(names: Collection[str], variant: str | None, where: str) -> Weights:
+def select_weights(
+    names: Collection[str], variant: str | None, where: str, *, is_partial: bool = False
+) -> Weights:
     """Choose the safetensors files of one folder.
 
     The asked variant is taken when the folder has it, else the plain files, else the only variant
@@ -58,6 +60,8 @@ def select_weights(names: Collection[str], variant: str | None, where: str) -> W
         names: File names of the folder, without subfolders.
         variant: Preferred variant such as `fp16`.
         where: The folder's name in messages.
+        is_partial: The names are only those in a cache, so that a variant which happens to be there
+            alone must not stand in for plain files that are merely not downloaded.
 
     Raises:
         SourceNotFoundError: no usable weights, or a shard is missing.
@@ -73,6 +77,8 @@ def select_weights(names: Collection[str], variant: str | None, where: str) -> W
         chosen = variant or ""
     elif "" in variants:
         chosen = ""
+    elif is_partial:
+        raise SourceNotFoundError(f"{where} has only the variant {', '.join(variants)}")
     elif len(variants) == 1:
         chosen = variants[0]
     else:
