@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-_WILDCARDS = re.compile(r"\*|\?|\[[^\]]*\]")
+# A set such as [!]x] may begin with its own closing bracket; one that never closes is plain text.
+_WILDCARDS = re.compile(r"\*|\?|\[!?+\]?+[^\]]*\]")
 
 
 def match_exclude(key: str, patterns: Sequence[str]) -> str | None:
