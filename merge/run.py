@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.digest import FileDigest, digest_file
+from merge.digest import DigestProcess, FileDigest
 from merge.errors import IntegrityError, OutputError, VerificationError
 from merge.export import WEIGHTS_NAME, plan_export
 from merge.manifest import (
@@ -139,11 +139,8 @@ class _Run:
         threads: int | None,
     ) -> tuple[str, dict[str, FileRecord]]:
         export = plan_export(self.recipe, plan, sources.target)
+        digests = self._digest_inputs(sources)
         with _Background() as background:
-            # Hashing starts before torch is imported, which takes one core more than a second. The
-            # output's header holds a digest of the inputs, and its own digest starts with the
-            # header: so the inputs are hashed first, by all cores, and the output beside the merge.
-            digests = self._digest_inputs(sources, background)
             mark = time.perf_counter()
             copies = {
                 name: background.submit(_copy_checked, folder, file, name, background.stop)
@@ -171,28 +168,36 @@ class _Run:
         folder.write_file(RUN_NAME, json_bytes(run))
         return digest, files
 
-    def _digest_inputs(
-        self, sources: Sources, background: _Background
-    ) -> dict[tuple[str, str], str]:
-        """Hash every weight file, importing torch meanwhile."""
-        mark = time.perf_counter()
-        counted = _Counter(
-            sum(file.size_bytes for model in sources.models for file in model.weights),
-            lambda done, total: self._progress("hash", done, total),
-        )
-        futures = {
-            (model.role, file.name): background.submit(
-                _digest_checked, file, background.stop, counted.add
-            )
-            for model in sources.models
-            for file in model.weights
-        }
-        import merge.engine  # noqa: F401
+    def _digest_inputs(self, sources: Sources) -> dict[tuple[str, str], str]:
+        """Hash every weight file, importing torch meanwhile.
 
-        self._lap("import", mark)
-        digests = {key: future.result() for key, future in futures.items()}
+        The output's header holds a digest of the inputs, and its own digest starts with the header:
+        so the inputs are hashed first, by all cores, and the output beside the merge.
+        """
+        mark = time.perf_counter()
+        files = [(model.role, file) for model in sources.models for file in model.weights]
+        total = sum(file.size_bytes for _, file in files)
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            self._progress("hash", done, total)
+
+        process = DigestProcess([file.path for _, file in files])
+        try:
+            import merge.engine  # noqa: F401
+
+            self._lap("import", mark)
+            digests = process.result(on_bytes)
+        finally:
+            process.close()
         self._lap("import_and_hash", mark)
-        return digests
+        for (_, file), digest in zip(files, digests, strict=True):
+            _check_digest(file, digest)
+        return {
+            (role, file.name): digest for (role, file), digest in zip(files, digests, strict=True)
+        }
 
     def _merge(
         self, folder: OutputFolder, plan: MergePlan, header: bytes, device: str, threads: int | None
@@ -289,12 +294,12 @@ class _Run:
 
 
 class _Background:
-    """Threads that hash and copy files beside the merge; all are gone when the block ends."""
+    """Threads that copy files beside the merge; all are gone when the block ends."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        # Enough for the three models at once; one SHA-256 stream keeps one core busy.
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="files")
+        # Two at a time: more would only take cores from the merge.
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="files")
 
     def __enter__(self) -> _Background:
         return self
@@ -308,29 +313,6 @@ class _Background:
     def cancel(self) -> None:
         self.stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Counter:
-    """Adds up what several threads report."""
-
-    def __init__(self, total: int, on_progress: Callable[[int, int], None]) -> None:
-        self._total = total
-        self._done = 0
-        self._on_progress = on_progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            self._on_progress(self._done, self._total)
-
-
-def _digest_checked(
-    file: SourceFile, stop: threading.Event, on_bytes: Callable[[int], None]
-) -> str:
-    digest = digest_file(file.path, stop, on_bytes)
-    _check_digest(file, digest)
-    return digest
 
 
 def _copy_checked(folder: OutputFolder, file: SourceFile, name: str, stop: threading.Event) -> str:

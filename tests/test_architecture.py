@@ -116,6 +116,9 @@ def test_only_some_modules_import_torch() -> None:
 def test_only_the_command_line_prints() -> None:
     printers = set()
     for path in module_files():
+        if path.name == "worker.py":
+            # A program of its own, whose output is read by a pipe.
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ EDGES = st.sampled_from(
     [0.0, -0.0, SMALLEST, -SMALLEST, 2.0**-126, MAXIMUM, -MAXIMUM, 1.0, 65504.0, 2.0**-24]
 )
 WEIGHTS = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0, 16.0]) | st.floats(-16, 16, width=32)
+Merge = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -126,7 +130,7 @@ def test_the_base_itself_becomes_the_distilled_model_at_weight_one(
 
 
 @pytest.mark.parametrize("run", [merge, merge_torch])
-def test_the_product_is_rounded_before_the_sum(run: object) -> None:
+def test_the_product_is_rounded_before_the_sum(run: Merge) -> None:
     # (1 + 2^-12)^2 is 1 + 2^-11 + 2^-24, a tie that rounds down to 1 + 2^-11. Fused
     # multiply-adds keep the last part and end at 2^-24.
     count = 37  # whole vectors of the processor and a rest
@@ -134,14 +138,14 @@ def test_the_product_is_rounded_before_the_sum(run: object) -> None:
     target = np.full(count, -(1 + 2.0**-11), np.float32)
     distilled = np.full(count, 2 + 2.0**-12, np.float32)
     base = np.full(count, 1.0, np.float32)
-    assert np.array_equal(run(target, distilled, base, weight), np.zeros(count, np.float32))  # type: ignore[operator]
+    assert np.array_equal(run(target, distilled, base, weight), np.zeros(count, np.float32))
 
 
 @pytest.mark.parametrize("run", [merge, merge_torch])
-def test_the_difference_is_taken_first(run: object) -> None:
+def test_the_difference_is_taken_first(run: Merge) -> None:
     # weight * distilled alone would overflow.
     three = [np.full(9, value, np.float32) for value in (1.0, 3e38, 2.5e38)]
-    result = run(*three, 4.0)  # type: ignore[operator]
+    result = run(*three, 4.0)
     assert np.array_equal(result, np.float32(1.0) + (three[1] - three[2]) * np.float32(4.0))
     assert np.isfinite(result).all()
 
@@ -157,8 +161,8 @@ def test_infinities_and_nan_are_passed_on() -> None:
 
 
 @pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
-def test_it_works_in_place_on_the_callers_arrays(library: object) -> None:
-    def array(*values: float) -> object:
+def test_it_works_in_place_on_the_callers_arrays(library: Any) -> None:
+    def array(*values: float) -> Any:
         if library is torch:
             return torch.tensor(values, dtype=torch.float32)
         return np.array(values, np.float32)
@@ -166,11 +170,11 @@ def test_it_works_in_place_on_the_callers_arrays(library: object) -> None:
     target, distilled, base = array(1, 2, 3, 9), array(5, 5, 5, 9), array(1, 3, 5, 9)
     before = target
     # A view, as the engine hands over: what lies beside it stays.
-    assert add_difference(target[:3], distilled[:3], base[:3], 0.5) is None  # type: ignore[index]
+    assert add_difference(target[:3], distilled[:3], base[:3], 0.5) is None
     assert target is before
-    assert target.tolist() == [3.0, 3.0, 3.0, 9.0]  # type: ignore[attr-defined]
-    assert distilled.tolist() == [2.0, 1.0, 0.0, 9.0]  # type: ignore[attr-defined]
-    assert base.tolist() == [1.0, 3.0, 5.0, 9.0]  # type: ignore[attr-defined]
+    assert target.tolist() == [3.0, 3.0, 3.0, 9.0]
+    assert distilled.tolist() == [2.0, 1.0, 0.0, 9.0]
+    assert base.tolist() == [1.0, 3.0, 5.0, 9.0]
 
 
 def test_shapes_of_the_target_never_grow() -> None:

@@ -201,7 +201,7 @@ def _shape_problem(annotation: Any, value: Any, path: str) -> str:
 def _to_recipe(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
     """Convert to the schema, leaving out what is wrong so that all the rest is checked too."""
     clean = _checked(tree, Recipe, [], problems)
-    merged = OmegaConf.merge(_defaults(), clean)
+    merged = OmegaConf.merge(_defaults(Recipe), clean)
     try:
         # A missing name shows up a second time in the default of output.folder.
         missing = sorted(OmegaConf.missing_keys(merged) - {"output.folder"})
@@ -215,9 +215,9 @@ def _to_recipe(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
 
 
 @functools.cache
-def _defaults() -> Any:
+def _defaults(schema: type) -> Any:
     # 4 ms to build and wanted for every key of a recipe; OmegaConf.merge works on a copy.
-    return OmegaConf.structured(Recipe)
+    return OmegaConf.structured(schema)
 
 
 def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]
                 # OmegaConf runs resolvers as soon as it reads a value: these must not reach it.
                 continue
         try:
-            OmegaConf.merge(_defaults(), _nest(here, value))
+            OmegaConf.merge(_defaults(schema), {key: value})
             clean[key] = value
         except OmegaConfBaseException as error:
             problems.append(f"{_dotted(here)}: {_first_line(error)}")
@@ -258,13 +258,6 @@ def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]
 def _is_reported(field: str, problems: Sequence[str]) -> bool:
     """Return True when a field, or something inside of it, is named as a problem already."""
     return any(problem.startswith((f"{field}:", f"{field}.", f"{field}[")) for problem in problems)
-
-
-def _nest(path: Keys, value: Any) -> Any:
-    for key in reversed(path):
-        # A list is rebuilt with only the entry in question; its index is of no matter to a type.
-        value = [value] if isinstance(key, int) else {key: value}
-    return value
 
 
 def _first_line(error: OmegaConfBaseException) -> str:

@@ -68,7 +68,7 @@ def parse_value(text: str, annotation: Any, path: str, problems: list[str]) -> A
         problems.append(f"{path}: {text!r} is not a YAML value")
         return None
     is_plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag != _NULL_TAG
-    if annotation in (ModelRef, DistilledRef) and is_plain:
+    if annotation in (ModelRef, DistilledRef, list[DistilledRef]) and is_plain:
         return _reference(text.strip())
     return _convert(node, wrapped["value"], annotation, path, problems)
 

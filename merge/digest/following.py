@@ -1,55 +1,13 @@
-"""SHA-256 of files: of whole ones, and of one that is still being written.
-
-A digest runs in its own thread beside other work, since one SHA-256 stream (about 1.6 GB/s) is
-slower than the merge itself; hashlib releases the interpreter lock while it works.
-"""
+"""The SHA-256 of a file that is still being written."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from merge.errors import SourceNotFoundError
-
-# Each chunk ends in a wait for the interpreter lock, up to 5 ms while torch is being imported, and
-# 8 MiB are 5 ms of work.
-CHUNK_BYTES = 8 * 1024 * 1024
-
-
-def digest_file(
-    path: Path,
-    stop: threading.Event | None = None,
-    on_bytes: Callable[[int], None] | None = None,
-) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; empty when stopped.
-
-    Args:
-        path: Any file.
-        stop: When set, the rest is not read.
-        on_bytes: Called with the size of each chunk that is done.
-
-    Raises:
-        SourceNotFoundError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    try:
-        with path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-                if on_bytes is not None:
-                    on_bytes(count)
-                if stop is not None and stop.is_set():
-                    return ""
-    except OSError as error:
-        raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
+CHUNK_BYTES = 1024 * 1024
 
 
 class FileDigest:
