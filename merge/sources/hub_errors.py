@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx2
 from huggingface_hub import errors as hub
 
 from merge.errors import MergeError, OfflineError, SourceError, SourceNotFoundError
@@ -46,8 +47,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise SourceNotFoundError(f"{repo}{at} lacks a file: {error}") from error
     except hub.HfHubHTTPError as error:
         raise SourceError(f"the Hub refused {repo}{at}: {error}") from error
-    except (OSError, ValueError) as error:
-        # Connection failures; their classes differ between versions of the HTTP client.
+    except (httpx2.HTTPError, OSError) as error:
         raise OfflineError(
             f"the Hub cannot be reached for {repo}{at}: {error}",
             hint="check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache",

@@ -80,6 +80,7 @@ class HubStore:
 
     Attributes:
         repo: Hub id.
+        revision: Branch, tag or commit as asked for.
         commit: 40 hexadecimal digits.
         names: Files at that commit; offline, those in the cache.
         digests: SHA-256 of the large files, as the Hub states them.
@@ -88,6 +89,7 @@ class HubStore:
     """
 
     repo: str
+    revision: str
     commit: str
     names: frozenset[str]
     digests: Mapping[str, str]
@@ -106,10 +108,11 @@ class HubStore:
 
         from merge.sources.hub_errors import hub_errors
 
+        name = revision or "main"
         with hub_errors(repo, revision):
             if constants.HF_HUB_OFFLINE:
                 root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-                return HubStore(repo, root.name, LocalStore.open(root).names, {}, True, root)
+                return HubStore(repo, name, root.name, LocalStore.open(root).names, {}, True, root)
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
             siblings = info.siblings or []
             digests = {s.rfilename: s.lfs.sha256 for s in siblings if s.lfs is not None}
@@ -117,7 +120,7 @@ class HubStore:
             commit = str(info.sha)
             folder = f"models--{repo.replace('/', '--')}"
             root = Path(constants.HF_HUB_CACHE) / folder / "snapshots" / commit
-            return HubStore(repo, commit, names, digests, False, root)
+            return HubStore(repo, name, commit, names, digests, False, root)
 
     def fetch(self, names: Collection[str]) -> None:
         """Download what the cache lacks.
@@ -136,6 +139,12 @@ class HubStore:
                 path = Path(hf_hub_download(self.repo, name, revision=self.commit))
             if path != self.path(name):
                 raise SourceError(f"{self.repo}: {name} was stored at an unexpected place")
+        # The client writes down what a branch stands for only when asked by the branch's name,
+        # which could have moved by now. Offline runs look it up here.
+        reference = self.root.parent.parent / "refs" / self.revision
+        if self.revision != self.commit:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(self.commit, encoding="utf-8")
 
     def path(self, name: str) -> Path:
         """Return where the cache keeps the file."""
