@@ -95,9 +95,8 @@ def run_recipe(
         MergeError: of the family that fits; see `merge.errors`.
         VerificationError: the export is there and fails a check.
     """
-    return _Run(recipe, Path(out or recipe.output.folder), on_progress).run(
-        device, threads, overwrite, verify
-    )
+    final = Path(out or recipe.output.folder).expanduser()
+    return _Run(recipe, final, on_progress).run(device, threads, overwrite, verify)
 
 
 @dataclass

@@ -597,7 +597,7 @@ def some_data(count: int) -> bytes:
     return bytes((index * 7 + 1) % 251 for index in range(count))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(layout=LAYOUTS, metadata=METADATA)
 def test_generated_headers_round_trip_and_agree_with_the_library(
     layout: Layout, metadata: dict[str, str]
@@ -612,7 +612,7 @@ def test_generated_headers_round_trip_and_agree_with_the_library(
     check_against_reference(content, header)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(layout=LAYOUTS, metadata=st.none() | METADATA.filter(lambda m: len(m) == 1))
 def test_generated_headers_are_the_bytes_of_the_library(
     layout: Layout, metadata: dict[str, str] | None
@@ -703,7 +703,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return file_of(text, some_data(max(size, 0)))
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=400)
 @given(content=mutated())
 def test_what_is_accepted_the_library_accepts_and_reads_alike(content: bytes) -> None:
     try:
@@ -713,7 +713,7 @@ def test_what_is_accepted_the_library_accepts_and_reads_alike(content: bytes) ->
     check_against_reference(content, header)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(content=st.binary(max_size=80) | st.binary(max_size=60).map(file_of))
 def test_any_bytes_are_read_or_refused(content: bytes) -> None:
     try:

@@ -470,7 +470,7 @@ FILES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(
     shapes=FILES,
     alpha=st.none() | st.integers(1, 9),

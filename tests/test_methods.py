@@ -59,7 +59,7 @@ def assert_same_bits(left: np.ndarray, right: np.ndarray) -> None:
     assert np.array_equal(left[finite].view(np.uint32), right[finite].view(np.uint32))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(triple=triples(FINITE | EDGES), weight=WEIGHTS)
 def test_bit_equal_to_three_separate_float32_operations(triple: Triple, weight: float) -> None:
     target, distilled, base = triple
@@ -74,7 +74,7 @@ def test_bit_equal_to_three_separate_float32_operations(triple: Triple, weight: 
     assert_same_bits(merge_torch(target, distilled, base, weight), expected)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(triple=triples(MODERATE | st.sampled_from([0.0, -0.0, SMALLEST, 2.0**-126])), weight=WEIGHTS)
 def test_within_one_and_a_half_units_of_float64(triple: Triple, weight: float) -> None:
     target, distilled, base = triple
@@ -103,14 +103,14 @@ def test_weight_zero_keeps_the_values_of_the_target(triple: Triple) -> None:
     assert np.isnan(result[overflows]).all()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(triple=triples(FINITE), weight=WEIGHTS)
 def test_a_delta_of_zero_keeps_the_values_of_the_target(triple: Triple, weight: float) -> None:
     target, base, _ = triple
     assert np.array_equal(merge(target, base.copy(), base, weight), target)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(triple=triples(MODERATE), data=st.data())
 def test_the_base_itself_becomes_the_distilled_model_at_weight_one(
     triple: Triple, data: st.DataObject

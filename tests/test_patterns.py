@@ -83,7 +83,7 @@ def test_patterns_that_name_nothing_are_found() -> None:
 PATTERNS = st.lists(st.sampled_from(["a", "b", "*", "?", "[ab]"]), max_size=4).map("".join)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     key=st.text("ab", max_size=4),
     weights=st.dictionaries(PATTERNS, st.sampled_from([0.0, 0.5, 2.0]), max_size=4),

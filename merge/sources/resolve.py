@@ -22,6 +22,8 @@ from merge.sources.store import HubStore, LocalStore, Store
 
 # Libraries whose classes a pipeline may name; anything else is code that came with the model.
 _KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+# Classes whose folders hold no weights.
+_WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 
 
@@ -195,7 +197,10 @@ def _select_components(
             raise SourceNotFoundError(f"{label} lacks the folder of its component {name}")
         where = _where(label, f"{prefix}{name}/")
         direct = {other for other in names if "/" not in other}
-        weights = _select(store, direct, variant, where) if has_weights(direct) else None
+        is_model = has_weights(direct) or (
+            "config.json" in direct and not str(entry[1]).endswith(_WEIGHTLESS)
+        )
+        weights = _select(store, direct, variant, where) if is_model else None
         selected[name] = (weights, companion_files(names))
     return selected
 

@@ -111,7 +111,13 @@ class HubStore:
         name = revision or "main"
         with hub_errors(repo, revision):
             if constants.HF_HUB_OFFLINE:
-                root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+                # Without patterns the client refuses a snapshot that another program fetched in
+                # part, even when all that is needed is there.
+                root = Path(
+                    snapshot_download(
+                        repo, revision=revision, local_files_only=True, allow_patterns=[]
+                    )
+                )
                 return HubStore(repo, name, root.name, LocalStore.open(root).names, {}, True, root)
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
             siblings = info.siblings or []
@@ -134,7 +140,8 @@ class HubStore:
 
         if self.offline:
             return
-        for name in sorted(names):
+        # Weights last: offline, a snapshot that has them has everything that goes with them.
+        for name in sorted(names, key=lambda name: (name.endswith(".safetensors"), name)):
             with hub_errors(self.repo, self.commit):
                 path = Path(hf_hub_download(self.repo, name, revision=self.commit))
             if path != self.path(name):
@@ -143,8 +150,9 @@ class HubStore:
         # which could have moved by now. Offline runs look it up here.
         reference = self.root.parent.parent / "refs" / self.revision
         if self.revision != self.commit:
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(self.commit, encoding="utf-8")
+            with hub_errors(self.repo, self.commit):
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                reference.write_text(self.commit, encoding="utf-8")
 
     def path(self, name: str) -> Path:
         """Return where the cache keeps the file."""
