@@ -134,6 +134,9 @@ def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> Resol
     store.fetch(needed)
     if weights.index:
         _check_index(store.path(f"{unet}{weights.index}"), weights)
+    for component, (chosen, _) in selected.items():
+        if chosen and chosen.index:
+            _check_index(store.path(f"{prefix}{component}/{chosen.index}"), chosen)
     pipeline = None
     if is_pipeline and role == "target":
         pipeline = Pipeline(index, _component_files(ref, store, prefix, selected))
@@ -201,8 +204,22 @@ def _select_components(
             "config.json" in direct and not str(entry[1]).endswith(_WEIGHTLESS)
         )
         weights = _select(store, direct, variant, where) if is_model else None
+        if weights and weights.is_sharded:
+            _check_copied_shards(weights, where)
         selected[name] = (weights, companion_files(names))
     return selected
+
+
+def _check_copied_shards(weights: Weights, where: str) -> None:
+    """Refuse shards that could not be loaded from an export, which copies them with their index."""
+    if not weights.index:
+        raise SourceNotFoundError(f"{where} has shards and lacks their index")
+    if weights.variant:
+        raise SourceError(
+            f"{where} has its {weights.variant} weights in shards, whose index would name files "
+            "that an export, where the variant's suffix is taken off, does not have",
+            hint="take the plain weights, or save the model again in one file",
+        )
 
 
 def _component_files(

@@ -21,6 +21,8 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # Never copied: weights of other frameworks, and code.
 _NOT_COPIED = (
     *_PICKLES,
+    ".pkl",
+    ".pickle",
     ".safetensors",
     ".msgpack",
     ".h5",
@@ -46,6 +48,12 @@ class Weights:
     names: tuple[str, ...]
     index: str | None
     variant: str
+
+    @property
+    def is_sharded(self) -> bool:
+        """Return True when the names are the numbered parts of one set of weights."""
+        match = _WEIGHT_FILE.fullmatch(self.names[0])
+        return match is not None and match["part"] is not None
 
 
 def select_weights(

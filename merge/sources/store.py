@@ -53,8 +53,9 @@ class LocalStore:
         """
         found = []
         try:
-            for folder, folders, files in os.walk(root, onerror=_raise):
-                # Nothing of a model is that deep; a wrong path such as `/` must not be walked.
+            for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+                # Nothing of a model is that deep; a wrong path such as `/` must not be walked, nor
+                # a loop of links.
                 if len(Path(folder).relative_to(root).parts) >= 3:
                     folders.clear()
                 found += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
