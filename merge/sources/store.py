@@ -124,6 +124,9 @@ class HubStore:
             siblings = info.siblings or []
             digests = {s.rfilename: s.lfs.sha256 for s in siblings if s.lfs is not None}
             names = frozenset(s.rfilename for s in siblings)
+            for path in sorted(names):
+                if not is_inside(path):
+                    raise SourceError(f"{repo} lists a file outside of itself: {path!r}")
             commit = str(info.sha)
             folder = f"models--{repo.replace('/', '--')}"
             root = Path(constants.HF_HUB_CACHE) / folder / "snapshots" / commit
@@ -162,6 +165,12 @@ class HubStore:
     def expected_sha256(self, name: str) -> str:
         """Return the digest of a large file; an empty string for small ones."""
         return self.digests.get(name, "")
+
+
+def is_inside(name: str) -> bool:
+    """Return True when a file's name cannot lead out of the folder that it is put into."""
+    parts = name.replace("\\", "/").split("/")
+    return ".." not in parts and "" not in parts and ":" not in parts[0]
 
 
 def _raise(error: OSError) -> None:
