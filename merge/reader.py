@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from merge.errors import CheckpointError, IntegrityError, SourceNotFoundError
+from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
 from merge.header import LENGTH_BYTES, Header, TensorSpec, parse_header, parse_length
 
 _SCALAR_FORMATS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
@@ -197,11 +197,15 @@ class FileReader:
 
         Raises:
             IntegrityError: the file ends before the buffer is full.
+            SourceError: the disk or the network below it fails.
         """
         done = 0
         while done < len(buffer):
             # One call may return less than asked: Linux moves at most 2,147,479,552 bytes.
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(f"cannot read {self.path}: {error.strerror}") from error
             if count == 0:
                 raise IntegrityError(f"{self.path} ends at byte {offset + done}: it was cut short")
             done += count
