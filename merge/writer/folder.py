@@ -31,7 +31,7 @@ class OutputFolder:
     def __init__(self, final: Path, *, overwrite: bool) -> None:
         self.final = final
         self.overwrite = overwrite
-        self.partial = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
+        self.partial = final.parent / f"{final.name}.partial-{secrets.token_hex(4)}"
         self._created: list[Path] = []
         self._published = False
 
@@ -42,7 +42,7 @@ class OutputFolder:
             OutputExistsError: something is there already.
             OutputError: the name can hold no folder.
         """
-        if not self.final.name:
+        if self.final.name in ("", ".."):
             raise OutputError(f"{self.final} cannot be an output folder")
         if not os.path.lexists(self.final) or _is_empty_folder(self.final):
             return
@@ -135,7 +135,7 @@ class OutputFolder:
             output = path.open("xb", buffering=0)
         except OSError as error:
             raise write_error(path, error) from error
-        with FileReader(source) as reader, output:
+        with output, FileReader(source) as reader:
             for offset in range(0, reader.stamp.size_bytes, CHUNK_BYTES):
                 if stop.is_set():
                     return ""
@@ -166,15 +166,25 @@ class OutputFolder:
             self.check()
             old = None
             if os.path.lexists(self.final) and not _is_empty_folder(self.final):
-                old = self.partial.with_name(self.partial.name.replace(".partial-", ".old-"))
-                self.final.rename(old)
-            self.partial.rename(self.final)
+                old = self.final.parent / f"{self.final.name}.old-{self.partial.name[-8:]}"
+            self._swap(old)
             self._published = True
             _sync_folder(self.final.parent)
         except OSError as error:
             raise write_error(self.final, error) from error
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _swap(self, old: Path | None) -> None:
+        """Rename the folder, moving what has the name to `old` before."""
+        try:
+            if old is not None:
+                self.final.rename(old)
+            self.partial.rename(self.final)
+        except BaseException:
+            if old is not None and old.exists() and not os.path.lexists(self.final):
+                old.rename(self.final)
+            raise
 
     def _remove_created(self) -> None:
         for folder in self._created:

@@ -29,11 +29,13 @@ class TensorFileWriter:
         """
         self.path = path
         self.size_bytes = size_bytes
+        self._fd = -1
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(path, flags, 0o666)
             os.ftruncate(self._fd, size_bytes)
         except OSError as error:
+            self.close()
             raise write_error(path, error) from error
 
     def __enter__(self) -> TensorFileWriter:
@@ -66,10 +68,17 @@ class TensorFileWriter:
             raise write_error(self.path, error) from error
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Read back what was written, for its digest."""
+        """Read back what was written, for its digest.
+
+        Raises:
+            OutputError: it is not there any more, or the disk fails.
+        """
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise OutputError(f"cannot read back {self.path}: {error.strerror}") from error
             if count == 0:
                 raise OutputError(f"{self.path} was cut short while it was written")
             done += count
