@@ -21,29 +21,27 @@ PIPELINE_CLASSES = {
     "sd21": "StableDiffusionInstructPix2PixPipeline",
     "sdxl": "StableDiffusionXLInstructPix2PixPipeline",
 }
-# What schedulers of Stable Diffusion have in common, so what a new class can take from the
-# target's config. LCMScheduler knows all of these.
-_SHARED_SCHEDULER_KEYS = (
+# What a new class takes from the target's config, as its `from_config` would. A class ignores what
+# it does not know; what it knows and is not told gets its default, and DDIM's clips the latents.
+_KEPT_SCHEDULER_KEYS = (
     "beta_end",
     "beta_schedule",
     "beta_start",
-    "num_train_timesteps",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "steps_offset",
-    "timestep_spacing",
-    "trained_betas",
-)
-# What LCMScheduler takes besides. `LCMScheduler.from_config` would keep the same.
-_LCM_SCHEDULER_KEYS = (
     "clip_sample",
     "clip_sample_range",
     "dynamic_thresholding_ratio",
+    "num_train_timesteps",
     "original_inference_steps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
     "sample_max_value",
     "set_alpha_to_one",
+    "skip_prk_steps",
+    "steps_offset",
     "thresholding",
     "timestep_scaling",
+    "timestep_spacing",
+    "trained_betas",
 )
 
 
@@ -103,10 +101,7 @@ def scheduler_config(
     if target.get("_class_name") == spec.class_name:
         config = dict(target)
     else:
-        keys: tuple[str, ...] = _SHARED_SCHEDULER_KEYS
-        if spec.class_name == "LCMScheduler":
-            keys += _LCM_SCHEDULER_KEYS
-        config = {key: target[key] for key in keys if key in target}
+        config = {key: target[key] for key in _KEPT_SCHEDULER_KEYS if key in target}
     config.setdefault("prediction_type", "epsilon")
     config["_class_name"] = spec.class_name
     stated = target.get("_diffusers_version", version)

@@ -138,11 +138,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("files"), dict):
+    if not isinstance(tree, dict) or not _is_file_table(tree.get("files")):
         raise CheckpointError(f"{path} is no manifest")
     return tree
+
+
+def _is_file_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(record, dict)
+        and type(record.get("size")) is int
+        and isinstance(record.get("sha256"), str)
+        for record in value.values()
+    )
 
 
 def read_locked_recipe(folder: Path) -> dict[str, Any] | None:
@@ -157,7 +166,7 @@ def read_locked_recipe(folder: Path) -> dict[str, Any] | None:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         recipe = tree["recipe"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise CheckpointError(f"{path} holds no recipe")
