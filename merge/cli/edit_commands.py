@@ -1,16 +1,22 @@
-"""`edit` and `verify`."""
+"""`edit`."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
+from merge.cli.output import (
+    common_options,
+    examples,
+    is_quiet,
+    json_option,
+    print_json,
+    silence_libraries,
+)
 
 _LOG = logging.getLogger("merge.cli")
 
@@ -89,7 +95,7 @@ def edit_command(
             f"{output} exists already", hint="add --overwrite, or choose another with -o"
         )
     chosen = _parse_timesteps(timesteps)
-    _silence_libraries()
+    silence_libraries()
     from merge.editor import EditSettings, edit, load_editor, load_image
     from merge.verify import save_png
 
@@ -125,50 +131,6 @@ def edit_command(
     click.echo(output)
 
 
-@click.command(
-    "verify",
-    epilog=examples("verify outputs/demo", "verify outputs/demo --files"),
-)
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--files", is_flag=True, help="Recompute every hash of the manifest; no edits.")
-@click.option(
-    "--edits",
-    type=click.Path(path_type=Path),
-    help="YAML list of {image, instruction, seed}; default: a picture that comes with the tool.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@common_options
-def verify_command(folder: Path, files: bool, edits: Path | None, device: str) -> None:
-    """Check an exported FOLDER: edit with it, or recompute the hash of every file.
-
-    Edits use the settings of the recipe in the folder and end in report.json and images/. The last
-    line on stdout is the folder.
-    """
-    bars = Bars(quiet=is_quiet())
-    try:
-        if files:
-            from merge.verify import verify_files
-
-            count = verify_files(folder, lambda done, total: bars("hash", done, total))
-            bars.close()
-            if not is_quiet():
-                click.echo(f"{count} files are as the manifest says", err=True)
-        else:
-            _silence_libraries()
-            from merge.verify import read_edits, verify_folder
-
-            wanted = read_edits(edits) if edits is not None else []
-            verify_folder(
-                folder,
-                edits=wanted,
-                device=device,
-                on_edit=lambda done, total: bars("verify", done, total),
-            )
-    finally:
-        bars.close()
-    click.echo(folder)
-
-
 def _parse_timesteps(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -190,13 +152,3 @@ def _describe(output: Path, result: Any) -> dict[str, Any]:
         "unet_rows": result.unet_rows,
         "time_s": round(result.seconds, 3),
     }
-
-
-def _silence_libraries() -> None:
-    """Keep the libraries' own bars and advice out of our messages, unless asked for."""
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    # Offline by design: an export needs no other file.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")

@@ -23,7 +23,7 @@ _COMMANDS = {
     "validate": "recipes",
     "recipes": "recipes",
     "edit": "edit",
-    "verify": "edit",
+    "verify": "verify",
     "show": "inspect",
     "env": "inspect",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -130,3 +131,13 @@ class Bars:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' own bars and advice out of our messages, unless asked for."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    # Offline by design: an export needs no other file.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
