@@ -96,8 +96,7 @@ def edit_command(
         )
     chosen = _parse_timesteps(timesteps)
     silence_libraries()
-    from merge.editor import EditSettings, edit, load_editor, load_image
-    from merge.verify import save_png
+    from merge.editor import EditSettings, edit, load_editor, load_image, save_png
 
     settings = EditSettings(
         steps=len(chosen) if chosen else steps,

@@ -3,12 +3,13 @@
 from merge.editor.pipeline import (
     Editor,
     EditResult,
-    EditSettings,
     edit,
     load_editor,
     load_image,
     resize_image,
 )
+from merge.editor.png import save_png
+from merge.editor.settings import EditSettings
 
 __all__ = [
     "EditResult",
@@ -18,4 +19,5 @@ __all__ = [
     "load_editor",
     "load_image",
     "resize_image",
+    "save_png",
 ]

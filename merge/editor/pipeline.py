@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from merge.editor.settings import EditSettings
 from merge.errors import CheckpointError, DeviceError, ImageError, SourceNotFoundError
 
 _LOG = logging.getLogger(__name__)
@@ -31,29 +32,6 @@ _DTYPES = {
     "float32": torch.float32,
 }
 _MAX_PIXELS = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class EditSettings:
-    """How a picture is edited.
-
-    Attributes:
-        steps: num_inference_steps.
-        guidance_scale: Of the instruction; found to work from 1 to 3.
-        image_guidance_scale: Of the picture; 1 turns it off.
-        seed: Of the noise, drawn on the CPU so that every device gets the same.
-        resolution: Short side in pixels; None takes what the model was trained at.
-        original_inference_steps: Length of the LCM schedule that steps are picked from.
-        timesteps: Explicit timesteps instead of `steps`.
-    """
-
-    steps: int = 4
-    guidance_scale: float = 2.0
-    image_guidance_scale: float = 1.0
-    seed: int = 0
-    resolution: int | None = None
-    original_inference_steps: int = 50
-    timesteps: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

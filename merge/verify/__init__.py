@@ -5,7 +5,6 @@ from merge.verify.folder import (
     Edit,
     default_picture,
     read_edits,
-    save_png,
     verify_files,
     verify_folder,
 )
@@ -15,7 +14,6 @@ __all__ = [
     "Edit",
     "default_picture",
     "read_edits",
-    "save_png",
     "verify_files",
     "verify_folder",
 ]

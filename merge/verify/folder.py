@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw
 
 from merge.digest import digest_file
-from merge.editor import Editor, EditResult, EditSettings, load_editor, load_image
+from merge.editor import Editor, EditResult, EditSettings, load_editor, load_image, save_png
 from merge.editor import edit as edit_picture
 from merge.errors import RecipeError, SourceNotFoundError, VerificationError
 from merge.manifest import json_bytes, read_locked_recipe, read_manifest
@@ -198,14 +197,6 @@ def default_picture(size: int) -> Image.Image:
     draw.rectangle(_box(12.6, 9, 13.1, 12, unit), fill=(92, 68, 46))
     draw.ellipse(_box(11.3, 6, 14.4, 9.8, unit), fill=(58, 112, 60))
     return image.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def save_png(image: Image.Image, path: Path, settings: EditSettings, instruction: str) -> None:
-    """Write a PNG with the settings that made it in its text chunks."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("instruction", instruction)
-    info.add_text("settings", json.dumps(dataclasses.asdict(settings), sort_keys=True))
-    image.save(path, pnginfo=info)
 
 
 def _box(x0: float, y0: float, x1: float, y1: float, unit: float) -> tuple[float, ...]:
