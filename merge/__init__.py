@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from merge._version import __version__
 
 if TYPE_CHECKING:
-    from merge.editor import EditSettings, edit, load_editor, load_image
+    from merge.editor import (
+        EditRequest,
+        EditSettings,
+        edit,
+        edit_many,
+        load_editor,
+        load_image,
+    )
     from merge.errors import MergeError
     from merge.plan import build_plan
     from merge.recipe import load_recipe
@@ -25,10 +32,12 @@ if TYPE_CHECKING:
     from merge.verify import verify_files, verify_folder
 
 _HOMES = {
+    "EditRequest": "merge.editor",
     "EditSettings": "merge.editor",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan",
     "edit": "merge.editor",
+    "edit_many": "merge.editor",
     "load_editor": "merge.editor",
     "load_image": "merge.editor",
     "load_recipe": "merge.recipe",
@@ -39,11 +48,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "EditRequest",
     "EditSettings",
     "MergeError",
     "__version__",
     "build_plan",
     "edit",
+    "edit_many",
     "load_editor",
     "load_image",
     "load_recipe",

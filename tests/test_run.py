@@ -277,7 +277,7 @@ def test_the_report_of_the_closing_edit(exported: Path) -> None:
     assert set(edit) == {
         *("image", "instruction", "seed", "settings", "unet_rows", "time_s", "files"),
     }
-    assert edit["unet_rows"] == 12
+    assert edit["unet_rows"] == 8
     for name in edit["files"]:
         with Image.open(exported / name) as image:
             assert image.size == (64, 64)
@@ -301,7 +301,7 @@ def test_the_edits_of_the_recipe_are_run(tiny_sd15: Path, tmp_path: Path) -> Non
         ("make it blue", 2),
     ]
     assert {e["image"] for e in report["edits"]} == {"noise.png"}
-    assert report["edits"][0]["unet_rows"] == 6
+    assert report["edits"][0]["unet_rows"] == 4
 
 
 def break_vae(folder: Path, value: float) -> None:

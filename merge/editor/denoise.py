@@ -1,0 +1,124 @@
+"""The loop: noise to latents, by the UNet rows that count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge.editor.guidance import Rows, combine
+from merge.editor.load import Editor
+from merge.editor.schedule import Noise, Schedule
+from merge.editor.text import TextEmbedding
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Conditions:
+    """What the UNet is told besides the noisy latents, for all rows of a batch of `n` pictures.
+
+    Rows lie as in diffusers: first t of every picture, then i, then u.
+
+    Attributes:
+        rows: How many rows a picture has.
+        states: `(rows * n, tokens, width)`.
+        image_latents: `(n, 4, h, w)`, of the pictures.
+        pooled: `(rows * n, width)`; SDXL only.
+        time_ids: `(rows * n, 6)`, original size, crop and target size; SDXL only.
+    """
+
+    rows: Rows
+    states: torch.Tensor
+    image_latents: torch.Tensor
+    pooled: torch.Tensor | None
+    time_ids: torch.Tensor | None
+
+
+def make_conditions(
+    editor: Editor,
+    rows: Rows,
+    texts: Sequence[TextEmbedding],
+    empty: TextEmbedding | None,
+    image_latents: torch.Tensor,
+) -> Conditions:
+    """Lay out the conditions of a batch.
+
+    Args:
+        editor: The checkpoint.
+        rows: How many rows a picture has.
+        texts: One per picture.
+        empty: No prompt; None where `rows` needs none.
+        image_latents: `(n, 4, h, w)`.
+    """
+    embeddings = list(texts)
+    if empty is not None:
+        embeddings += [empty] * (len(texts) * (rows - 1))
+    states = torch.stack([embedding.states for embedding in embeddings])
+    if not editor.is_xl:
+        return Conditions(rows, states, image_latents, None, None)
+    pooled = torch.stack([e.pooled for e in embeddings if e.pooled is not None])
+    height, width = (side * editor.vae_scale_factor for side in image_latents.shape[2:])
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=states.dtype)
+    time_ids = editor.move(sizes.repeat(len(embeddings), 1))
+    return Conditions(rows, states, image_latents, pooled, time_ids)
+
+
+def denoise(
+    editor: Editor,
+    schedule: Schedule,
+    conditions: Conditions,
+    noise: Noise,
+    guidance: tuple[float, float],
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Run the steps and return the latents, `(n, 4, h, w)` float32.
+
+    The latents stay in float32 between the steps; only what enters the UNet is in its dtype.
+
+    Args:
+        editor: The checkpoint.
+        schedule: A fresh one.
+        conditions: Of the batch.
+        noise: On the device, of the schedule.
+        guidance: guidance_scale and image_guidance_scale.
+        on_step: Called with the number of finished steps and of all.
+    """
+    unet = editor.pipeline.unet
+    latents = noise.first * schedule.init_noise_sigma
+    inputs, noisy = _input_buffer(conditions, unet.dtype)
+    added = None
+    if conditions.pooled is not None:
+        added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
+    timesteps = editor.move(schedule.timesteps)
+    steps = len(timesteps)
+    for index in range(steps):
+        noisy.copy_(schedule.scale(latents, index))
+        prediction = unet(
+            inputs,
+            timesteps[index],
+            encoder_hidden_states=conditions.states,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        guided = combine(prediction.float().chunk(conditions.rows), *guidance)
+        latents = schedule.step(index, guided, latents, noise)
+        if on_step is not None:
+            on_step(index + 1, steps)
+    return latents
+
+
+def _input_buffer(conditions: Conditions, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the UNet's input with the pictures filled in, and a view of its noisy part.
+
+    The view is `(rows, n, 4, h, w)`, so one copy of the latents fills every row.
+    """
+    rows, image_latents = int(conditions.rows), conditions.image_latents
+    count, channels, height, width = image_latents.shape
+    inputs = image_latents.new_empty((rows, count, 2 * channels, height, width), dtype=dtype)
+    inputs[:, :, channels:] = image_latents
+    if rows == Rows.ALL:
+        # "No picture" is all zeros.
+        inputs[2, :, channels:] = 0
+    return inputs.flatten(0, 1), inputs[:, :, :channels]

@@ -1,0 +1,205 @@
+"""Load a checkpoint for editing: diffusers' components, from a folder that needs no other file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge.editor.settings import EditSettings, outside_range
+from merge.errors import CheckpointError, DeviceError, SourceNotFoundError
+
+_LOG = logging.getLogger(__name__)
+_SD15 = "StableDiffusionInstructPix2PixPipeline"
+_SDXL = "StableDiffusionXLInstructPix2PixPipeline"
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_SCHEDULERS = ("lcm", "own")
+
+
+@dataclass(frozen=True, eq=False)
+class Editor:
+    """A loaded checkpoint.
+
+    Attributes:
+        pipeline: The diffusers pipeline; only its components are used.
+        folder: Where it was loaded from.
+        device: Where the components are.
+    """
+
+    pipeline: Any
+    folder: Path
+    device: torch.device
+
+    @property
+    def is_xl(self) -> bool:
+        """Return True for SDXL."""
+        return type(self.pipeline).__name__ == _SDXL
+
+    @property
+    def is_lcm(self) -> bool:
+        """Return True where the scheduler is LCMScheduler."""
+        return type(self.pipeline.scheduler).__name__ == "LCMScheduler"
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Return the pixels per latent along a side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def default_resolution(self) -> int:
+        """Return what the model was trained at, in pixels along the short side."""
+        size = self.pipeline.unet.config.sample_size or 64
+        side = size if isinstance(size, int) else min(size)
+        return int(side * self.pipeline.vae_scale_factor)
+
+    @property
+    def trained_steps(self) -> int:
+        """Return num_train_timesteps of the scheduler."""
+        return int(self.pipeline.scheduler.config.num_train_timesteps)
+
+    def warnings_for(self, settings: EditSettings) -> list[str]:
+        """Return a line for each setting outside the range that was found to work."""
+        lines = outside_range(
+            settings, is_xl=self.is_xl, default_resolution=self.default_resolution
+        )
+        return list(lines)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was told, so that time can be taken."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def move(self, values: torch.Tensor) -> torch.Tensor:
+        """Move a CPU tensor to the device without waiting for it."""
+        if self.device.type == "cuda":
+            # Only from pinned memory does the copy run beside the host.
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)
+
+
+def load_editor(
+    folder: str | Path, *, device: str = "auto", dtype: str = "auto", scheduler: str = "lcm"
+) -> Editor:
+    """Load an exported folder for editing.
+
+    The safety checker of the checkpoint, if it has one, is not loaded: it paints pictures black,
+    which a check of a merge would take for a broken one.
+
+    Args:
+        folder: A diffusers InstructPix2Pix pipeline; nothing is downloaded.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: `auto` (float16 on a GPU, float32 on the CPU), `float16`, `bfloat16`, `float32`.
+        scheduler: `lcm`: LCMScheduler, in place of another unless the folder is an export of this
+            tool, which keeps what its recipe wrote. `own`: the folder's, whatever it is.
+
+    Raises:
+        SourceNotFoundError: there is no such pipeline.
+        CheckpointError: it is not an InstructPix2Pix pipeline, or does not load.
+        DeviceError: there is no such device.
+        ValueError: `scheduler` is neither of the two.
+    """
+    if scheduler not in _SCHEDULERS:
+        raise ValueError(f"scheduler {scheduler!r} is not one of {', '.join(_SCHEDULERS)}")
+    folder = Path(folder)
+    where = _edit_device(device)
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "float16"
+    if dtype not in _DTYPES:
+        raise DeviceError(f"{dtype!r} is no dtype to edit in", hint=f"use {', '.join(_DTYPES)}")
+    class_name = _pipeline_class(folder)
+    pipeline = _load_pipeline(folder, class_name, _DTYPES[dtype])
+    _check_channels(folder, pipeline)
+    if scheduler == "lcm" and not (folder / "merge_manifest.json").is_file():
+        _use_lcm(folder, pipeline)
+    vae = pipeline.vae
+    if class_name == _SDXL and vae.dtype == torch.float16 and vae.config.force_upcast:
+        # SDXL's VAE overflows in float16; once here instead of twice in every edit.
+        vae.to(torch.float32)
+    try:
+        return Editor(pipeline.to(where), folder, where)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{where} has too little memory for {folder}", hint="use --device cpu"
+        ) from error
+
+
+def _load_pipeline(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    diffusers.logging.disable_progress_bar()
+    extra: dict[str, Any] = (
+        {"safety_checker": None, "requires_safety_checker": False}
+        if class_name == _SD15
+        else {"add_watermarker": False}
+    )
+    try:
+        with warnings.catch_warnings():
+            # Of the libraries about one another, such as a scheduler's about numpy.
+            warnings.simplefilter("ignore")
+            return getattr(diffusers, class_name).from_pretrained(
+                folder, dtype=dtype, local_files_only=True, **extra
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} does not load: {error}") from error
+
+
+def _check_channels(folder: Path, pipeline: Any) -> None:
+    """Refuse a UNet that does not take noisy latents and picture side by side."""
+    channels = pipeline.unet.config.in_channels
+    wanted = 2 * pipeline.vae.config.latent_channels
+    if channels != wanted:
+        raise CheckpointError(
+            f"{folder}: its UNet has {channels} input channels, not {wanted}",
+            hint="an InstructPix2Pix UNet takes the picture's latents beside the noisy ones; "
+            "a plain one cannot edit",
+        )
+
+
+def _use_lcm(folder: Path, pipeline: Any) -> None:
+    import diffusers
+
+    name = type(pipeline.scheduler).__name__
+    if name == "LCMScheduler":
+        return
+    _LOG.warning("%s has %s: edits use LCMScheduler", folder, name)
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
+
+
+def _edit_device(name: str) -> torch.device:
+    if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
+        if not torch.backends.mps.is_available():
+            raise DeviceError("there is no MPS device here", hint="use --device cpu")
+        return torch.device("mps")
+    from merge.engine import choose_device
+
+    return choose_device(name)
+
+
+def _pipeline_class(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise SourceNotFoundError(
+            f"{folder} is no pipeline folder: it has no model_index.json",
+            hint="an output of `instruct-merge run` with a whole pipeline as target is one",
+        )
+    try:
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error}") from error
+    if name not in (_SD15, _SDXL):
+        raise CheckpointError(
+            f"{folder} is a {name}, not an InstructPix2Pix pipeline",
+            hint=f"model_index.json must name {_SD15} or {_SDXL}",
+        )
+    return str(name)
