@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from merge.cli.edit_targets import (
+    Target,
+    check_outputs,
+    folder_targets,
+    image_targets,
+    list_names,
+)
 from merge.cli.output import (
+    Bars,
     common_options,
     examples,
     is_quiet,
@@ -17,120 +28,24 @@ from merge.cli.output import (
     print_json,
     silence_libraries,
 )
+from merge.errors import ImageError, MergeError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from merge.editor import Editor, EditRequest, EditResult, EditSettings
 
 _LOG = logging.getLogger("merge.cli")
+_BAR = "verify"  # the stage whose word is "editing"
 
 
-@click.command(
-    "edit",
-    epilog=examples(
-        'edit outputs/demo photo.jpg "make it winter"',
-        'edit outputs/demo photo.jpg "make it winter" -o out.png --seed 3 --guidance-scale 1.5',
-    ),
-)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("image", type=click.Path(path_type=Path))
-@click.argument("instruction")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="PNG; default: IMAGE-edit.png in the current folder.",
-)
-@click.option("--steps", default=4, show_default=True, type=int, help="LCM steps.")
-@click.option(
-    "--guidance-scale", default=2.0, show_default=True, help="Of the instruction, 1 to 3."
-)
-@click.option(
-    "--image-guidance-scale", default=1.0, show_default=True, help="Of the picture; 1 is off."
-)
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-@click.option(
-    "--resolution",
-    type=click.IntRange(8, 8192),
-    help="Short side in pixels; default: what the model was trained at.",
-)
-@click.option(
-    "--original-inference-steps", default=50, show_default=True, type=click.IntRange(1, 1000)
-)
-@click.option("--timesteps", help="Explicit timesteps such as 999,749,499,249 instead of --steps.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
-    help="auto: float16 on a GPU, float32 on the CPU.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace the output picture.")
-@json_option
-@common_options
-def edit_command(
-    checkpoint: Path,
-    image: Path,
-    instruction: str,
-    output: Path | None,
-    steps: int,
-    guidance_scale: float,
-    image_guidance_scale: float,
-    seed: int,
-    resolution: int | None,
-    original_inference_steps: int,
-    timesteps: str | None,
-    device: str,
-    dtype: str,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Edit IMAGE as INSTRUCTION says, with an exported CHECKPOINT folder, in a few steps.
-
-    The last line on stdout is the picture that was written.
-    """
-    from merge.errors import OutputExistsError, VerificationError
-
-    output = output or Path(f"{image.stem}-edit.png")
-    if output.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{output} exists already", hint="add --overwrite, or choose another with -o"
-        )
-    chosen = _parse_timesteps(timesteps)
-    silence_libraries()
-    from merge.editor import EditSettings, edit, load_editor, load_image, save_png
-
-    settings = EditSettings(
-        steps=len(chosen) if chosen else steps,
-        guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale,
-        seed=seed,
-        resolution=resolution,
-        original_inference_steps=original_inference_steps,
-        timesteps=chosen,
-    )
-    picture = load_image(image)
-    editor = load_editor(checkpoint, device=device, dtype=dtype)
-    for line in editor.warnings_for(settings):
-        _LOG.warning("%s", line)
-    result = edit(editor, picture, instruction, settings)
-    if result.non_finite_count:
-        raise VerificationError(
-            f"the edited picture has {result.non_finite_count} values that are not finite",
-            hint="try --dtype float32; if that does not help, the checkpoint is damaged",
-        )
-    save_png(result.to_pil(), output, settings, instruction)
-    if as_json:
-        print_json(_describe(output, result))
-        return
-    if not is_quiet():
-        click.echo(
-            f"{result.source.width} x {result.source.height} px, {settings.steps} steps, "
-            f"{result.unet_rows} UNet rows, {result.seconds:.1f} s",
-            err=True,
-        )
-    click.echo(output)
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise click.BadParameter(f"{value} is not a finite number of at least 0")
+    return value
 
 
-def _parse_timesteps(text: str | None) -> tuple[int, ...] | None:
+def _timesteps(
+    ctx: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
@@ -143,11 +58,294 @@ def _parse_timesteps(text: str | None) -> tuple[int, ...] | None:
     return steps
 
 
-def _describe(output: Path, result: Any) -> dict[str, Any]:
+@click.command(
+    "edit",
+    epilog=examples(
+        'edit outputs/demo photo.jpg "make it winter"',
+        'edit outputs/demo photo.jpg "make it winter" -o out.png --seed 3 --guidance-scale 1.5',
+        'edit outputs/demo photo.jpg "make it winter" --seed 0 --seed 1 --seed 2',
+        'edit outputs/demo --images photos "make it winter" -o photos-in-winter --batch-size 4',
+    ),
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("words", nargs=-1, metavar="[IMAGE] INSTRUCTION")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="PNG; with --images the folder for them. Default: IMAGE-edit.png or FOLDER-edit in the "
+    "current folder.",
+)
+@click.option(
+    "--images",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Edit every picture in this folder instead of IMAGE.",
+)
+@click.option("--steps", default=4, show_default=True, type=click.IntRange(1), help="LCM steps.")
+@click.option(
+    "--guidance-scale",
+    default=2.0,
+    show_default=True,
+    callback=_finite,
+    help="Of the instruction, 1 to 3.",
+)
+@click.option(
+    "--image-guidance-scale",
+    default=1.0,
+    show_default=True,
+    callback=_finite,
+    help="Of the picture; 1 is off.",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    default=(0,),
+    show_default="0",
+    multiple=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="Of the noise; give it again for more pictures of each.",
+)
+@click.option(
+    "--resolution",
+    type=click.IntRange(8, 8192),
+    help="Short side in pixels; default: what the model was trained at.",
+)
+@click.option(
+    "--original-inference-steps",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Length of the LCM schedule that --steps are picked from.",
+)
+@click.option(
+    "--timesteps",
+    callback=_timesteps,
+    help="Explicit timesteps such as 999,749,499,249 instead of --steps.",
+)
+@click.option(
+    "--batch-size",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    help="Pictures of one size that go through the model together.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
+    help="auto: float16 on a GPU, float32 on the CPU.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace output pictures.")
+@json_option
+@common_options
+def edit_command(
+    checkpoint: Path,
+    words: tuple[str, ...],
+    output: Path | None,
+    folder: Path | None,
+    seeds: tuple[int, ...],
+    batch_size: int,
+    device: str,
+    dtype: str,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Edit IMAGE as INSTRUCTION says, with an exported CHECKPOINT folder, in a few steps.
+
+    Every PNG holds its instruction and settings in its text chunks. The last line on stdout is the
+    picture that was written, or with --images the folder. A file there that is no picture is named
+    and left out; the exit code is then 4.
+    """
+    if options["timesteps"] is not None:
+        options["steps"] = len(options["timesteps"])
+    elif options["steps"] > options["original_inference_steps"]:
+        raise click.BadParameter(
+            f"{options['steps']} is more than --original-inference-steps "
+            f"({options['original_inference_steps']})",
+            param_hint="'--steps'",
+        )
+    image, instruction = _parse_words(words, folder)
+    # The same seed twice would write the same file twice.
+    seeds = tuple(dict.fromkeys(seeds))
+    if folder is not None:
+        targets = folder_targets(folder, output or Path(f"{folder.resolve().name}-edit"), seeds)
+    else:
+        assert image is not None
+        targets = image_targets(image, output or Path(f"{image.stem}-edit.png"), seeds)
+    check_outputs(targets, overwrite=overwrite)
+    silence_libraries()
+    from merge.editor import EditSettings, load_editor, load_image
+
+    settings = EditSettings(seed=seeds[0], **options)
+    if image is not None:
+        # A wrong picture is said before the model is loaded.
+        load_image(image)
+    editor = load_editor(checkpoint, device=device, dtype=dtype)
+    for line in editor.warnings_for(settings):
+        _LOG.warning("%s", line)
+    work = _Work(editor, settings, instruction, targets, one=image is not None)
+    work.run(batch_size)
+    work.report(as_json=as_json, last=targets[-1].output.parent if folder is not None else None)
+
+
+def _parse_words(words: Sequence[str], folder: Path | None) -> tuple[Path | None, str]:
+    """Return IMAGE, if there must be one, and INSTRUCTION."""
+    wanted = 2 if folder is None else 1
+    if folder is not None and len(words) == 2:
+        raise click.UsageError("IMAGE and --images are both given: choose one")
+    if folder is None and len(words) == 1:
+        raise click.UsageError(
+            "an IMAGE and an INSTRUCTION are needed, and one of them is missing (or --images)"
+        )
+    if not words:
+        raise click.UsageError("Missing argument 'INSTRUCTION'.")
+    if len(words) > wanted:
+        raise click.UsageError(f"too many words ({len(words)}): put the instruction in quotes")
+    if not words[-1].strip():
+        raise click.UsageError('the instruction is empty: say what to change, "make it winter"')
+    return (Path(words[0]) if folder is None else None), words[-1]
+
+
+class _Work:
+    """The pictures of one command: those made, and those that could not be."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        settings: EditSettings,
+        instruction: str,
+        targets: Sequence[Target],
+        *,
+        one: bool,
+    ) -> None:
+        self.editor = editor
+        self.settings = settings
+        self.instruction = instruction
+        self.targets = targets
+        self.one = one
+        self.pending: deque[Target] = deque()
+        self.failures: dict[Path, MergeError] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def run(self, batch_size: int) -> None:
+        from merge.editor import edit_many
+
+        bars = Bars(quiet=is_quiet())
+        alone = len(self.targets) == 1
+
+        def on_step(done: int, total: int) -> None:
+            bars(_BAR, done, total)
+
+        results = edit_many(
+            self.editor,
+            self.requests(),
+            self.settings,
+            batch_size=batch_size,
+            on_step=on_step if alone else None,
+        )
+        try:
+            for done, result in enumerate(results, 1):
+                self.keep(self.pending.popleft(), result)
+                if not alone:
+                    bars(_BAR, done, len(self.targets))
+        finally:
+            bars.close()
+
+    def requests(self) -> Iterator[EditRequest]:
+        from merge.editor import EditRequest, fit_size, load_image
+
+        resolution = self.settings.resolution or self.editor.default_resolution
+        for path, targets in itertools.groupby(self.targets, lambda target: target.image):
+            try:
+                picture = load_image(path)
+                fit_size(picture.size, resolution, self.editor.size_multiple)
+            except ImageError as error:
+                self.fail(path, error)
+                continue
+            for target in targets:
+                self.pending.append(target)
+                yield EditRequest(picture, self.instruction, target.seed)
+
+    def keep(self, target: Target, result: EditResult) -> None:
+        from merge.editor import save_png
+
+        if result.non_finite_count:
+            error = VerificationError(
+                f"the edited picture has {result.non_finite_count} values that are not finite",
+                hint="try --dtype float32; if that does not help, the checkpoint is damaged",
+            )
+            self.fail(target.image, error)
+            return
+        try:
+            target.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{target.output.parent} cannot be made: {error.strerror or error}"
+            ) from error
+        save_png(result.to_pil(), target.output, result.settings, self.instruction)
+        self.seconds += result.seconds
+        self.rows.append(_describe(target, self.instruction, result))
+
+    def fail(self, path: Path, error: MergeError) -> None:
+        if self.one:
+            raise error
+        if path not in self.failures:
+            name = "" if str(path) in error.message else f"{path}: "
+            _LOG.warning("left out: %s%s", name, error.message)
+            self.failures[path] = error
+
+    def report(self, *, as_json: bool, last: Path | None) -> None:
+        if as_json:
+            print_json(self.rows)
+        elif self.rows:
+            if not is_quiet():
+                click.echo(self.summary(), err=True)
+            for row in self.rows if last is None else ():
+                click.echo(row["output"])
+            if last is not None:
+                click.echo(last)
+        if self.failures:
+            count = len({target.image for target in self.targets})
+            raise self.verdict()(
+                f"{len(self.failures)} of {count} pictures could not be edited: "
+                f"{list_names(list(self.failures))}",
+                hint=next(iter(self.failures.values())).hint,
+            )
+
+    def verdict(self) -> type[MergeError]:
+        kinds = {type(error) for error in self.failures.values()}
+        return VerificationError if VerificationError in kinds else ImageError
+
+    def summary(self) -> str:
+        row = self.rows[0]
+        what = f"{row['width']} x {row['height']} px" if len(self.rows) == 1 else ""
+        rows = sum(row["unet_rows"] for row in self.rows)
+        return (
+            f"{what or f'{len(self.rows)} pictures'}, {self.settings.steps} steps, "
+            f"{rows} UNet rows, {self.seconds:.1f} s"
+        )
+
+
+def _describe(target: Target, instruction: str, result: EditResult) -> dict[str, Any]:
+    stages = result.stages
     return {
-        "output": str(output),
+        "image": str(target.image),
+        "instruction": instruction,
+        "seed": result.settings.seed,
+        "output": str(target.output),
         "width": result.source.width,
         "height": result.source.height,
         "unet_rows": result.unet_rows,
         "time_s": round(result.seconds, 3),
+        "stages_s": {
+            "text": round(stages.text_s, 3),
+            "encode": round(stages.encode_s, 3),
+            "denoise": round(stages.denoise_s, 3),
+            "decode": round(stages.decode_s, 3),
+        },
     }

@@ -7,7 +7,7 @@ save_png(result.to_pil(), "winter.png", result.settings, "make it winter")
 
 from merge.editor.batches import edit, edit_many
 from merge.editor.load import Editor, load_editor
-from merge.editor.pictures import load_image, resize_image
+from merge.editor.pictures import fit_size, load_image, resize_image
 from merge.editor.png import save_png
 from merge.editor.result import EditRequest, EditResult, StageTimes
 from merge.editor.settings import EditSettings
@@ -20,6 +20,7 @@ __all__ = [
     "StageTimes",
     "edit",
     "edit_many",
+    "fit_size",
     "load_editor",
     "load_image",
     "resize_image",

@@ -146,8 +146,6 @@ class _Session:
         self.settings = settings
         self.on_step = on_step
         self.rows = choose_rows(settings.guidance_scale, settings.image_guidance_scale)
-        multiple = editor.vae_scale_factor
-        self.multiple = multiple if multiple % 8 == 0 else 8
         # The image itself is kept beside its source: its identity is the key.
         self.sources: _Recent[str | int, tuple[object, Image.Image]] = _Recent(_KEPT_PICTURES)
         self.latents: _Recent[str | int, tuple[object, torch.Tensor]] = _Recent(_KEPT_PICTURES)
@@ -185,7 +183,7 @@ class _Session:
         else:
             assert self.settings.resolution is not None
             picture = image if isinstance(image, Image.Image) else load_image(image)
-            source = resize_image(picture, self.settings.resolution, self.multiple)
+            source = resize_image(picture, self.settings.resolution, self.editor.size_multiple)
             self.sources.put(key, (image, source))
         seconds = time.perf_counter() - started
         return _Job(key, image, source, request.instruction, seed, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class Editor:
     def vae_scale_factor(self) -> int:
         """Return the pixels per latent along a side."""
         return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def size_multiple(self) -> int:
+        """Return what the sides of a picture are rounded to, in pixels."""
+        return math.lcm(8, self.vae_scale_factor)
 
     @property
     def default_resolution(self) -> int:

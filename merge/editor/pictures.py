@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from merge.errors import ImageError
 
@@ -36,8 +36,9 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"there is no picture {path}") from None
     except Exception as error:
         # Pillow's readers raise nearly anything on a damaged file, SyntaxError and zlib's included.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise ImageError(
-            f"{path} is no picture that can be read: {error}",
+            f"{path} is no picture that can be read{reason}",
             hint="PNG, JPEG, WebP, BMP and TIFF are read; does another program open it?",
         ) from error
 
@@ -78,17 +79,32 @@ def resize_image(image: Image.Image, resolution: int, multiple: int = 8) -> Imag
         ImageError: it is more than 32 times as long as wide, or would get over 100 million pixels.
     """
     image = to_rgb(image)
-    scale = resolution / min(image.size)
-    width, height = (max(1, round(side * scale / multiple)) * multiple for side in image.size)
+    size = fit_size(image.size, resolution, multiple)
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def fit_size(size: tuple[int, int], resolution: int, multiple: int = 8) -> tuple[int, int]:
+    """Return the width and height that `resize_image` gives a picture.
+
+    Args:
+        size: Width and height of the picture.
+        resolution: Short side in pixels.
+        multiple: What each side is rounded to.
+
+    Raises:
+        ImageError: it is more than 32 times as long as wide, or would get over 100 million pixels.
+    """
+    scale = resolution / min(size)
+    width, height = (max(1, round(side * scale / multiple)) * multiple for side in size)
     if max(width, height) > _MAX_RATIO * min(width, height):
         raise ImageError(
-            f"a picture of {image.width} x {image.height} is too narrow to edit",
+            f"a picture of {size[0]} x {size[1]} is too narrow to edit",
             hint="cut out the part to edit",
         )
     _check_pixels((width, height))
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return width, height
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
