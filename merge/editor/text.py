@@ -49,7 +49,7 @@ def encode_texts(editor: Editor, texts: Sequence[str]) -> list[TextEmbedding]:
         (pipeline.tokenizer_2, pipeline.text_encoder_2),
     ):
         if encoder is None:
-            # SDXL's refiner and its edit models have the second one only.
+            # The pipeline class allows SDXL models with the second one only.
             continue
         ids = _tokenize(tokenizer, encoder, texts).input_ids.to(editor.device)
         output = encoder(ids, output_hidden_states=True)
