@@ -85,6 +85,7 @@ def build_lock(recipe: Recipe, sources: Sources, digests: InputDigests) -> bytes
     tree["output"]["folder"] = f"outputs/{recipe.name}"
     for edit in tree["verify"]["edits"]:
         edit["image"] = Path(edit["image"]).name
+        edit["expected"] = [Path(name).name for name in edit["expected"]]
     lock = {
         "lock_version": LOCK_VERSION,
         "tool_version": __version__,

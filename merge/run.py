@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -22,7 +23,7 @@ from typing import Any
 
 from merge._version import __version__
 from merge.digest import DigestProcess, FileDigest
-from merge.errors import IntegrityError, OutputError, VerificationError
+from merge.errors import ImageError, IntegrityError, OutputError, VerificationError
 from merge.export import WEIGHTS_NAME, plan_export
 from merge.manifest import (
     LOCK_NAME,
@@ -112,6 +113,8 @@ class _Run:
         folder.check()
         for leftover in folder.leftovers():
             _LOG.warning("%s is left over from an earlier run and can be removed", leftover)
+        if verify:
+            self._check_pictures()
         self._progress("resolve", 0, 1)
         sources = resolve_sources(self.recipe)
         _check_not_an_input(self.final, sources)
@@ -247,17 +250,28 @@ class _Run:
             _LOG.info("%d tensors have a delta of zero and stay as they are", len(result.unchanged))
         return FileRecord(total, sha256), result.overflows, device_words(where), workers
 
+    def _check_pictures(self) -> None:
+        """Refuse closing edits without their pictures now, and not after the merge."""
+        edits = self.recipe.verify.edits
+        names = [name for edit in edits for name in (edit.image, *edit.expected)]
+        missing = [name for name in names if not Path(name).is_file()]
+        if missing:
+            raise ImageError(
+                f"verify.edits: there is no picture {', '.join(missing)}",
+                hint="paths are relative to the recipe file; --no-verify leaves the edits out",
+            )
+
     def _verify(self, sources: Sources, device: str) -> bool | None:
         if sources.target.pipeline is None:
             _LOG.warning("not verified: the output is a UNet folder, which cannot edit by itself")
             return None
         mark = time.perf_counter()
         self._progress("verify", 0, 1)
-        edits = [
-            {"image": e.image, "instruction": e.instruction, "seed": e.seed}
-            for e in self.recipe.verify.edits
-        ]
+        edits = [dataclasses.asdict(edit) for edit in self.recipe.verify.edits]
         command = [sys.executable, "-m", "merge", "verify", str(self.final), "--device", device]
+        for file in sources.target.weights:
+            # What the report's chart of the blocks is measured against; no report names it.
+            command += ["--target-weights", str(file.path)]
         with tempfile.TemporaryDirectory() as scratch:
             if edits:
                 path = Path(scratch) / "edits.json"

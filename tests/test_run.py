@@ -139,7 +139,7 @@ def test_configs_say_what_the_export_is(exported: Path, tiny_sd15: Path) -> None
 
 def test_the_manifest_has_every_file_and_its_hash(exported: Path) -> None:
     manifest = json.loads((exported / "merge_manifest.json").read_text())
-    outside = ("merge_manifest.json", "run.json", "report.json", "images/")
+    outside = ("merge_manifest.json", "run.json", "report.", "images/")
     names = {
         path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()
     }
@@ -273,8 +273,9 @@ def test_the_report_of_the_closing_edit(exported: Path) -> None:
     report = json.loads((exported / "report.json").read_text())
     assert report["passed"] is True
     assert {check["passed"] for check in report["checks"]} == {True}
-    (edit,) = report["edits"]
-    assert set(edit) == {
+    assert [edit["image"] for edit in report["edits"]] == ["house", "boat", "apple"]
+    edit = report["edits"][0]
+    assert set(edit) >= {
         *("image", "instruction", "seed", "settings", "unet_rows", "time_s", "files"),
     }
     assert edit["unet_rows"] == 8
@@ -316,7 +317,11 @@ def break_vae(folder: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "check"), [(float("nan"), "non-finite values is 12288"), (0.0, "contrast is 0")]
+    ("value", "check"),
+    [
+        (float("nan"), "picture_finite of edit 0 is 12288 and must be at most 0"),
+        (0.0, "not_constant of edit 0 is 0 and must be at least 0.01"),
+    ],
 )
 def test_a_broken_picture_fails_the_run_and_keeps_the_folder(
     tiny_sd15: Path, tmp_path: Path, value: float, check: str

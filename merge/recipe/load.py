@@ -299,7 +299,12 @@ def _absolute_paths(recipe: Recipe, recipe_folder: Path, overridden: Sequence[Ke
     target: ModelRef = model(models.target, "models", "target")
     edits = [
         dataclasses.replace(
-            edit, image=_absolute(edit.image, folder_of("verify", "edits", index, "image"))
+            edit,
+            image=_absolute(edit.image, folder_of("verify", "edits", index, "image")),
+            expected=[
+                _absolute(name, folder_of("verify", "edits", index, "expected", at))
+                for at, name in enumerate(edit.expected)
+            ],
         )
         for index, edit in enumerate(recipe.verify.edits)
     ]

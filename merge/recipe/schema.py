@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+# Root mean square difference of pictures in 0 to 1. A hundredth of the pixels may be quite wrong.
+EXPECTED_LIMIT = 0.1
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -100,6 +103,8 @@ class EditSpec:
         seed: Overrides the recipe's seeds.
         before_caption: Text of the picture as it is, for directional similarity.
         after_caption: Text of the picture as it should become.
+        expected: Pictures of which the result must be near to one; empty: none is known.
+        expected_limit: Largest root mean square difference to the nearest, values in 0 to 1.
     """
 
     image: str
@@ -107,6 +112,8 @@ class EditSpec:
     seed: int | None = None
     before_caption: str | None = None
     after_caption: str | None = None
+    expected: list[str] = field(default_factory=list)
+    expected_limit: float = EXPECTED_LIMIT
 
 
 @dataclass(frozen=True)

@@ -167,3 +167,6 @@ def _check_verify(verify: VerifySpec) -> Iterator[str]:
     for index, edit in enumerate(verify.edits):
         if not edit.instruction.strip():
             yield f"verify.edits[{index}].instruction: it is empty"
+        if not (math.isfinite(edit.expected_limit) and edit.expected_limit >= 0):
+            value = edit.expected_limit
+            yield f"verify.edits[{index}].expected_limit: {value} is not a number of at least 0"

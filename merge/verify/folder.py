@@ -1,55 +1,45 @@
-"""Prove a checkpoint: its files are the recorded ones, and it edits a picture."""
+"""Prove a checkpoint: its files are as recorded, its numbers finite, and it edits pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from merge.digest import digest_file
-from merge.editor import Editor, EditResult, EditSettings, load_editor, load_image, save_png
+from merge.editor import Editor, EditSettings, load_editor, load_image
 from merge.editor import edit as edit_picture
-from merge.errors import RecipeError, SourceNotFoundError, VerificationError
-from merge.manifest import json_bytes, read_locked_recipe, read_manifest
+from merge.errors import VerificationError
+from merge.manifest import LOCK_NAME, read_locked_recipe, read_manifest
+from merge.verify.checks import (
+    check_edit,
+    check_expected,
+    check_repeat,
+    check_weights,
+    describe_failures,
+    make_check,
+)
+from merge.verify.clip import ClipScorer, find_clip
+from merge.verify.compare import Comparison
+from merge.verify.drawings import draw_picture
+from merge.verify.edits import DEFAULT_EDITS
+from merge.verify.files import FilesCheck
+from merge.verify.memory import free_memory
+from merge.verify.metrics import SSIM_HINT, has_ssim, measure_pair
+from merge.verify.model import Check, CompareOptions, Edit, EditRow, Picture
+from merge.verify.page import render_page
+from merge.verify.report import IMAGES_NAME, PAGE_NAME, Report, write_report
+from merge.verify.roundtrip import round_trip
+from merge.verify.weights import WeightsMeasured, measure_weights, unet_weights
 
 _LOG = logging.getLogger(__name__)
-REPORT_NAME = "report.json"
-REPORT_VERSION = 1
-DEFAULT_INSTRUCTION = "Make it evening"
-# The standard deviation of 8-bit values below which a picture shows nothing.
-_MIN_DEVIATION = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One measured value and its limit.
-
-    Attributes:
-        name: What was measured.
-        value: The measurement.
-        limit: What it was compared with.
-        passed: The verdict.
-    """
-
-    name: str
-    value: float
-    limit: float
-    passed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """One edit to run; `image` None stands for the picture that comes with the tool."""
-
-    image: Path | None
-    instruction: str
-    seed: int | None = None
 
 
 def verify_folder(
@@ -57,199 +47,269 @@ def verify_folder(
     *,
     edits: Sequence[Edit] = (),
     device: str = "auto",
+    compare: CompareOptions | None = None,
+    clip: str | None = None,
+    target_weights: Sequence[Path] = (),
     on_edit: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Run edits with the settings of the folder's recipe, check them, write the report.
 
-    Writes `report.json` and `images/` into the folder, whether the checks pass or not.
+    Writes `report.json`, `report.html` and `images/` into the folder, whether the checks pass or
+    not. One model is in memory at a time.
 
     Args:
-        folder: An export with a whole pipeline.
-        edits: What to edit; empty: a picture that comes with the tool.
+        folder: A pipeline folder; only an export of this tool has hashes that can be checked.
+        edits: What to edit; empty: pictures that come with the tool.
         device: As for `load_editor`.
-        on_edit: Called with the number of finished edits and of all.
+        compare: Show pictures of this model beside them.
+        clip: Folder or Hub id of a CLIP model to measure the edits with.
+        target_weights: The unmerged UNet's files, to measure how far each block moved; those of
+            `compare` when empty.
+        on_edit: Called with the number of finished pictures and of all.
 
     Returns:
-        The path of the report.
+        The path of `report.json`.
 
     Raises:
-        VerificationError: a check failed; the message names it with value and limit.
-        SourceNotFoundError: the folder is no pipeline.
+        VerificationError: a check failed; the message names each with value and limit.
+        SourceError: the folder is no pipeline, or a picture or another model is not there.
+        OutputError: the report cannot be written.
     """
-    folder = Path(folder)
-    recipe = read_locked_recipe(folder) or {}
-    verify = recipe.get("verify", {})
-    settings, seeds = _settings(verify)
-    editor = load_editor(folder, device=device)
-    if settings.resolution is None:
-        settings = dataclasses.replace(settings, resolution=editor.default_resolution)
-    todo = [
-        (edit, seed)
-        for edit in (edits or [Edit(None, DEFAULT_INSTRUCTION)])
-        for seed in ([edit.seed] if edit.seed is not None else seeds)
-    ]
-    images = folder / "images"
-    images.mkdir(exist_ok=True)
-    checks: list[Check] = []
-    rows: list[dict[str, Any]] = []
-    for index, (edit, seed) in enumerate(todo):
-        chosen = dataclasses.replace(settings, seed=seed)
-        row, result = _run_edit(editor, edit, chosen, images, index)
-        rows.append(row)
-        checks += _check_picture(f"edit {index}", result)
-        if on_edit is not None:
-            on_edit(index + 1, len(todo))
-    passed = all(check.passed for check in checks)
-    report = {
-        "schema_version": REPORT_VERSION,
-        "passed": passed,
-        "checks": [dataclasses.asdict(check) for check in checks],
-        "edits": rows,
-    }
-    path = folder / REPORT_NAME
-    path.write_bytes(json_bytes(report))
-    if not passed:
-        failed = [check for check in checks if not check.passed]
-        lines = "; ".join(f"{c.name} is {c.value:g}, limit {c.limit:g}" for c in failed)
+    job = _prepare(Path(folder), edits)
+    clip_name = find_clip(clip) if clip is not None else None
+    with ExitStack() as stack:
+        comparison = Comparison(compare) if compare is not None else None
+        if comparison is not None:
+            stack.callback(comparison.close)
+            target_weights = target_weights or comparison.target.weights
+        background = stack.enter_context(_Background(job, target_weights))
+        progress = _Progress(on_edit, job, comparison is not None)
+        edited = _edit_all(job, device, progress)
+        free_memory()
+        rows = edited.rows
+        if comparison is not None:
+            rows = comparison.run(rows, edited.settings, device, edited.device, progress.step)
+            free_memory()
+        rows = _measure(rows, clip, edited.torch_device)
+        checks = [*background.checks(), *edited.checks]
+        report = Report(
+            name=str(job.recipe.get("name") or job.folder.resolve().name),
+            recipe=job.recipe,
+            recipe_text=job.recipe_text,
+            recipe_digest=job.recipe_digest,
+            settings=edited.settings,
+            device=edited.device,
+            checks=tuple(checks),
+            rows=tuple(rows),
+            blocks=background.weights().blocks,
+            target=comparison.target if comparison is not None else None,
+            compare=compare,
+            clip=clip_name,
+            notes=tuple(_notes(job, background, bool(edits), bool(target_weights))),
+        )
+    path = write_report(job.folder, report, render_page(report))
+    if report.failed:
         raise VerificationError(
-            f"the merged model in {folder} fails {len(failed)} check(s): {lines}",
-            hint=f"see {path} and {images}; a smaller weight may help",
+            f"the merged model in {folder} fails {len(report.failed)} of {len(checks)} checks: "
+            f"{describe_failures(checks)}",
+            hint=f"see {path.with_name(PAGE_NAME)} and {job.folder / IMAGES_NAME}; a smaller "
+            "weight may help",
         )
     return path
 
 
-def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None = None) -> int:
-    """Recompute the SHA-256 of every file in the folder's manifest.
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be done, read before anything slow begins."""
 
-    Returns:
-        The number of files.
+    folder: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    recipe_digest: str
+    files: Mapping[str, Mapping[str, Any]]
+    settings: EditSettings
+    todo: tuple[tuple[Edit, int], ...]
+    pictures: Mapping[Path, Image.Image]
 
-    Raises:
-        SourceNotFoundError: the folder has no manifest.
-        VerificationError: a file is missing or differs; all are named.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise SourceNotFoundError(
-            f"{folder} has no merge_manifest.json", hint="only outputs of `run` have one"
+
+@dataclass(frozen=True, slots=True)
+class _Edited:
+    rows: list[EditRow]
+    checks: list[Check]
+    settings: EditSettings
+    device: str
+    torch_device: Any
+
+
+class _Progress:
+    """Counts pictures: the edits, one repetition, and two of the target for each edit."""
+
+    def __init__(
+        self, on_edit: Callable[[int, int], None] | None, job: _Job, compared: bool
+    ) -> None:
+        self._on_edit = on_edit
+        self._done = 0
+        self._total = len(job.todo) * (3 if compared else 1) + 1
+
+    def step(self) -> None:
+        self._done += 1
+        if self._on_edit is not None:
+            self._on_edit(self._done, self._total)
+
+
+class _Background:
+    """Hashes the files and measures the weights beside the edits."""
+
+    def __init__(self, job: _Job, target_weights: Sequence[Path]) -> None:
+        self._files = FilesCheck(job.folder, job.files) if job.files else None
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._measured = self._pool.submit(
+            lambda: measure_weights(unet_weights(job.folder), target_weights, self._stop)
         )
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    total = sum(int(record["size"]) for record in files.values())
-    done = 0
-    wrong = []
-    for name, record in sorted(files.items()):
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != record["size"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, not {record['size']}")
-        elif (actual := digest_file(path)) != record["sha256"]:
-            wrong.append(f"{name} has SHA-256 {actual}, not {record['sha256']}")
-        done += int(record["size"])
-        if on_bytes is not None:
-            on_bytes(done, total)
-    if wrong:
-        raise VerificationError(
-            f"{len(wrong)} file(s) of {folder} differ from its manifest: {'; '.join(wrong)}",
-            hint="download the folder again, or run the recipe again",
-        )
-    return len(files)
+
+    def __enter__(self) -> _Background:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._files is not None:
+            self._files.close()
+
+    def weights(self) -> WeightsMeasured:
+        return self._measured.result()
+
+    def checks(self) -> list[Check]:
+        found = []
+        if self._files is not None:
+            wrong = self._files.result()
+            found.append(make_check("files_as_recorded", len(wrong), detail=wrong))
+        return [*found, check_weights(self.weights().non_finite)]
 
 
-def read_edits(path: str | Path) -> list[Edit]:
-    """Read a list of edits, each `{image, instruction, seed?}`; images relative to the file.
-
-    Raises:
-        RecipeError: the file is no such list.
-    """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [
-            Edit(path.parent / item["image"], str(item["instruction"]), item.get("seed"))
-            for item in tree
-        ]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path} is no list of edits: {error}", []) from error
-
-
-def default_picture(size: int) -> Image.Image:
-    """Draw the picture that stands in when a recipe names no edits: hills and a house by day."""
-    scale = 4
-    side = size * scale
-    image = Image.new("RGB", (side, side))
-    draw = ImageDraw.Draw(image)
-    for y in range(side):
-        t = y / side
-        draw.line((0, y, side, y), (int(90 + 120 * t), int(160 + 70 * t), int(235 + 15 * t)))
-    unit = side / 16
-    draw.ellipse(_box(11.5, 1.5, 14, 4, unit), fill=(255, 236, 150))
-    draw.ellipse(_box(-6, 8, 11, 22, unit), fill=(104, 160, 92))
-    draw.ellipse(_box(4, 9.5, 24, 26, unit), fill=(82, 140, 76))
-    draw.rectangle(_box(4.5, 8, 9, 12, unit), fill=(214, 196, 168))
-    draw.polygon(
-        [(4 * unit, 8 * unit), (6.75 * unit, 5.5 * unit), (9.5 * unit, 8 * unit)],
-        fill=(158, 72, 58),
+def _prepare(folder: Path, edits: Sequence[Edit]) -> _Job:
+    recipe = read_locked_recipe(folder) or {}
+    text = (folder / LOCK_NAME).read_text(encoding="utf-8") if recipe else ""
+    manifest = read_manifest(folder) or {}
+    verify = recipe.get("verify") or {}
+    seeds = verify.get("seeds") or [0]
+    todo = tuple(
+        (edit, seed)
+        for edit in (edits or DEFAULT_EDITS)
+        for seed in ([edit.seed] if edit.seed is not None else seeds)
     )
-    draw.rectangle(_box(6.2, 9.8, 7.3, 12, unit), fill=(96, 66, 46))
-    draw.rectangle(_box(7.8, 9.2, 8.6, 10.2, unit), fill=(150, 190, 214))
-    draw.rectangle(_box(12.6, 9, 13.1, 12, unit), fill=(92, 68, 46))
-    draw.ellipse(_box(11.3, 6, 14.4, 9.8, unit), fill=(58, 112, 60))
-    return image.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def _box(x0: float, y0: float, x1: float, y1: float, unit: float) -> tuple[float, ...]:
-    return (x0 * unit, y0 * unit, x1 * unit, y1 * unit)
-
-
-def _settings(verify: dict[str, Any]) -> tuple[EditSettings, list[int]]:
-    defaults = EditSettings()
-    timesteps = verify.get("timesteps")
-    settings = EditSettings(
-        steps=verify.get("steps", defaults.steps),
-        guidance_scale=verify.get("guidance_scale", defaults.guidance_scale),
-        image_guidance_scale=verify.get("image_guidance_scale", defaults.image_guidance_scale),
-        resolution=verify.get("resolution"),
-        original_inference_steps=verify.get(
-            "original_inference_steps", defaults.original_inference_steps
-        ),
-        timesteps=tuple(timesteps) if timesteps else None,
+    paths = {path for edit, _ in todo for path in (edit.image, *edit.expected) if path is not None}
+    return _Job(
+        folder=folder,
+        recipe=recipe,
+        recipe_text=text,
+        recipe_digest=str(manifest.get("recipe_digest") or ""),
+        files=manifest.get("files", {}),
+        settings=_settings(verify),
+        todo=todo,
+        pictures={path: load_image(path) for path in sorted(paths)},
     )
-    return settings, verify.get("seeds", [0])
 
 
-def _run_edit(
-    editor: Editor, edit: Edit, settings: EditSettings, images: Path, index: int
-) -> tuple[dict[str, Any], EditResult]:
-    for line in editor.warnings_for(settings) if index == 0 else ():
+def _settings(verify: Mapping[str, Any]) -> EditSettings:
+    names = {field.name for field in dataclasses.fields(EditSettings)} - {"seed"}
+    given = {name: value for name, value in verify.items() if name in names and value is not None}
+    if "timesteps" in given:
+        given["timesteps"] = tuple(given["timesteps"])
+        given["steps"] = len(given["timesteps"])
+    return EditSettings(**given)
+
+
+def _edit_all(job: _Job, device: str, progress: _Progress) -> _Edited:
+    """Run every edit; the model is gone when this returns and memory is freed."""
+    editor = load_editor(job.folder, device=device)
+    settings = job.settings
+    if settings.resolution is None:
+        settings = dataclasses.replace(settings, resolution=editor.default_resolution)
+    for line in editor.warnings_for(settings):
         _LOG.warning("%s", line)
+    rows: list[EditRow] = []
+    checks: list[Check] = []
+    for index, (edit, seed) in enumerate(job.todo):
+        row, found = _edit_one(editor, job, index, edit, dataclasses.replace(settings, seed=seed))
+        rows.append(row)
+        checks += found
+        progress.step()
+        if index == 0:
+            progress.step()
+    dtype = str(editor.pipeline.unet.dtype).removeprefix("torch.")
+    return _Edited(rows, checks, settings, f"{editor.device.type} {dtype}", editor.device)
+
+
+def _edit_one(
+    editor: Editor, job: _Job, index: int, edit: Edit, settings: EditSettings
+) -> tuple[EditRow, list[Check]]:
     assert settings.resolution is not None
-    picture = default_picture(settings.resolution) if edit.image is None else load_image(edit.image)
+    picture = (
+        draw_picture(edit.drawing, settings.resolution)
+        if edit.image is None
+        else job.pictures[edit.image]
+    )
     result = edit_picture(editor, picture, edit.instruction, settings)
-    names = [f"images/{index:02d}-{settings.seed}-{kind}.png" for kind in ("source", "merged")]
-    result.source.save(images.parent / names[0])
-    save_png(result.to_pil(), images.parent / names[1], settings, edit.instruction)
-    row = {
-        "image": edit.image.name if edit.image is not None else "default",
-        "instruction": edit.instruction,
-        "seed": settings.seed,
-        "settings": dataclasses.asdict(settings),
-        "unet_rows": result.unet_rows,
-        "time_s": round(result.seconds, 3),
-        "files": names,
-    }
-    return row, result
+    checks = []
+    if index == 0:
+        again = edit_picture(editor, picture, edit.instruction, settings)
+        checks.append(check_repeat(result, again))
+    checks += check_edit(index, result, round_trip(editor, result.source))
+    merged = Picture(
+        result.to_pil(),
+        result.settings,
+        "lcm" if editor.is_lcm else "own",
+        result.unet_rows,
+        result.seconds,
+    )
+    if edit.expected:
+        expected = [_of_size(job.pictures[path], merged.image.size) for path in edit.expected]
+        checks.append(check_expected(index, merged.image, expected, edit.expected_limit))
+    return EditRow(edit, settings.seed, result.source, {"merged": merged}), checks
 
 
-def _check_picture(name: str, result: EditResult) -> list[Check]:
-    count = result.non_finite_count
-    checks = [Check(f"{name}: non-finite values", count, 0, count == 0)]
-    if not count:
-        deviation = float(result.image.std() * 255)
-        checks.append(
-            Check(
-                f"{name}: contrast", round(deviation, 3), _MIN_DEVIATION, deviation > _MIN_DEVIATION
-            )
+def _of_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _measure(rows: Sequence[EditRow], clip: str | None, device: Any) -> list[EditRow]:
+    """Add what is shown and not judged: distances to the source and to the target, CLIP scores."""
+    scorer = ClipScorer(clip, device) if clip is not None else None
+    measured = []
+    for row in rows:
+        metrics: dict[str, dict[str, float | None]] = {}
+        target = row.pictures.get("target")
+        for kind, picture in row.pictures.items():
+            values = measure_pair(row.source, picture.image)
+            if target is not None and kind != "target":
+                pair = measure_pair(target.image, picture.image)
+                values |= {f"{name}_to_target": value for name, value in pair.items()}
+            if scorer is not None:
+                before, after = row.edit.before_caption, row.edit.after_caption
+                values |= scorer.score(row.source, picture.image, before, after)
+            metrics[kind] = values
+        measured.append(dataclasses.replace(row, metrics=metrics))
+    return measured
+
+
+def _notes(job: _Job, background: _Background, has_edits: bool, has_target: bool) -> list[str]:
+    notes = []
+    listed = (job.recipe.get("verify") or {}).get("edits")
+    if listed and not has_edits:
+        notes.append(
+            "The recipe's own edits need their pictures, which a checkpoint does not hold: these "
+            "are the edits that come with the tool. Name others with --edits."
         )
-    return checks
+    if not job.files:
+        notes.append("There is no manifest, so no hashes were checked.")
+    if not background.weights().blocks:
+        notes.append(
+            "The target's weights have other keys or shapes, so the blocks cannot be compared."
+            if has_target
+            else "How far each block moved is shown with --compare TARGET."
+        )
+    if not has_ssim():
+        notes.append(f"SSIM is not measured: {SSIM_HINT}.")
+    return notes

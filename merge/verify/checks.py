@@ -1,0 +1,170 @@
+"""What a merged model must be, each as a measured value and a limit.
+
+All of these are about being broken, none about taste: distances to another model's pictures are
+shown in the report and not judged.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from merge.editor import EditResult
+from merge.verify.metrics import Values, rms, to_values
+from merge.verify.model import Check
+
+
+@dataclass(frozen=True, slots=True)
+class CheckKind:
+    """What a check measures.
+
+    Attributes:
+        title: For people.
+        meaning: What the value is.
+        limit: Of the value; None where each edit has its own.
+        at_least: True when the value must reach the limit, False when it must not exceed it.
+    """
+
+    title: str
+    meaning: str
+    limit: float | None
+    at_least: bool = False
+
+
+# Stable names, in the order of the report. Pictures hold values in 0 to 1.
+CHECKS: Mapping[str, CheckKind] = {
+    "files_as_recorded": CheckKind(
+        "Files are as recorded", "files whose size or SHA-256 is not the manifest's", 0
+    ),
+    "weights_finite": CheckKind("Weights are finite", "NaN or infinite values in the UNet", 0),
+    "deterministic": CheckKind(
+        "Deterministic", "values that differ when the first edit is run again", 0
+    ),
+    "latents_finite": CheckKind("Latents are finite", "NaN or infinite values", 0),
+    "picture_finite": CheckKind("Picture is finite", "NaN or infinite values", 0),
+    # A night scene has its lamp or its moon; a safety checker's black and a dead VAE have nothing.
+    "not_black": CheckKind("Not black", "brightest channel, 99th percentile of pixels", 0.05, True),
+    # Per channel, so that a plain red picture counts as constant. 0.01 is 2.6 of 8-bit's 255.
+    "not_constant": CheckKind(
+        "Not constant", "largest standard deviation of a channel", 0.01, True
+    ),
+    # Of the most changed pixels, since a good edit may touch a small part only, and against the
+    # VAE's round trip too, which is what a UNet that does nothing gives. 0.02 is 5 of 255.
+    "not_the_source": CheckKind(
+        "Not the source unchanged",
+        "mean difference of the 1 % of pixels that changed most",
+        0.02,
+        True,
+    ),
+    "as_expected": CheckKind(
+        "As expected", "root mean square difference to the nearest expected picture", None
+    ),
+}
+
+
+def make_check(
+    name: str,
+    value: float,
+    *,
+    edit: int | None = None,
+    limit: float | None = None,
+    detail: Sequence[str] = (),
+) -> Check:
+    """Compare a value with its limit.
+
+    Args:
+        name: A key of `CHECKS`.
+        value: The measurement; NaN fails.
+        edit: Index of the edit.
+        limit: Where the kind has none.
+        detail: Names of what is at fault.
+    """
+    kind = CHECKS[name]
+    bound = kind.limit if limit is None else limit
+    assert bound is not None, name
+    holds: Callable[[float, float], bool] = operator.ge if kind.at_least else operator.le
+    rounded = value if isinstance(value, int) else round(float(value), 6)
+    return Check(name, rounded, bound, holds(rounded, bound), edit, tuple(detail))
+
+
+def check_edit(index: int, result: EditResult, round_trip: Image.Image) -> list[Check]:
+    """Check the picture of one edit.
+
+    Args:
+        index: Of the edit.
+        result: What the model made.
+        round_trip: The source encoded and decoded by the model's VAE, of the same size.
+    """
+    picture = to_values(result.to_pil())
+    deviation = max(float(picture[..., channel].std()) for channel in range(3))
+    changes = [most_changed(picture, to_values(other)) for other in (result.source, round_trip)]
+    return [
+        make_check("latents_finite", _non_finite(result.latents), edit=index),
+        make_check("picture_finite", result.non_finite_count, edit=index),
+        make_check("not_black", float(np.percentile(picture.max(axis=2), 99)), edit=index),
+        make_check("not_constant", deviation, edit=index),
+        make_check("not_the_source", min(changes), edit=index),
+    ]
+
+
+def check_repeat(first: EditResult, again: EditResult) -> Check:
+    """Check that the same edit gave the same values twice."""
+    # As integers, so that NaN equals itself.
+    pairs = [(first.image, again.image), (first.latents, again.latents)]
+    count = sum(_differing(a, b) for a, b in pairs)
+    return make_check("deterministic", count)
+
+
+def check_expected(
+    index: int, picture: Image.Image, expected: Sequence[Image.Image], limit: float
+) -> Check:
+    """Check that a picture is near to one of those that are right."""
+    values = to_values(picture)
+    distance = min(rms(values, to_values(other)) for other in expected)
+    return make_check("as_expected", distance, edit=index, limit=limit)
+
+
+def check_weights(non_finite: Mapping[str, int]) -> Check:
+    """Check that the UNet holds numbers only.
+
+    Args:
+        non_finite: Key to the number of values that are none.
+    """
+    detail = [f"{key} ({count:,})" for key, count in sorted(non_finite.items())]
+    return make_check("weights_finite", sum(non_finite.values()), detail=detail)
+
+
+def most_changed(a: Values, b: Values) -> float:
+    """Return the mean absolute difference over the 1 % of pixels where it is largest."""
+    changes = np.sort(np.abs(a - b).mean(axis=2), axis=None)
+    return float(changes[-max(1, changes.size // 100) :].mean())
+
+
+def describe_failures(checks: Sequence[Check]) -> str:
+    """Return each failed check with value and limit, in one line."""
+    lines = []
+    for check in checks:
+        if check.passed:
+            continue
+        where = "" if check.edit is None else f" of edit {check.edit}"
+        word = "at least" if CHECKS[check.name].at_least else "at most"
+        detail = f" ({', '.join(check.detail[:3])}{', ...' * (len(check.detail) > 3)})"
+        lines.append(
+            f"{check.name}{where} is {check.value:g} and must be {word} {check.limit:g}"
+            f"{detail if check.detail else ''}"
+        )
+    return "; ".join(lines)
+
+
+def _non_finite(values: Values) -> int:
+    return int(np.count_nonzero(~np.isfinite(values)))
+
+
+def _differing(a: Values, b: Values) -> int:
+    if a.shape != b.shape:
+        return max(a.size, b.size)
+    return int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b))))

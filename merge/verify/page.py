@@ -1,0 +1,311 @@
+"""`report.html`: one file that asks for nothing from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from merge._version import __version__
+from merge.verify.checks import CHECKS, CheckKind
+from merge.verify.model import BlockNorm, Check, EditRow, Picture
+from merge.verify.report import Report, mean
+
+_FOLDER = Path(__file__).parent
+_TINY_PIXELS = 128  # of the longer side: enlarged without smoothing up to here
+_LARGE_PIXELS = 1024  # of the longer side: made smaller and compressed from here on
+_PNG_BUDGET_BYTES = 3_000_000  # of all pictures; above it only tiny ones stay lossless
+_QUALITY = 90
+_SHOWN_DETAILS = 5
+# Between a number and its unit.
+_GAP = "\N{NO-BREAK SPACE}"
+
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
+_MEASURES = (
+    ("l1", "Difference from the source, L1"),
+    ("psnr", "PSNR to the source, dB"),
+    ("ssim", "SSIM to the source"),
+    ("l1_to_target", "Difference from the target, L1"),
+    ("psnr_to_target", "PSNR to the target, dB"),
+    ("ssim_to_target", "SSIM to the target"),
+    ("clip_image", "CLIP image similarity"),
+    ("clip_text", "CLIP similarity to the caption"),
+    ("clip_direction", "CLIP directional similarity"),
+)
+
+
+def render_page(report: Report) -> str:
+    """Return the report as one HTML document.
+
+    Everything that comes from a recipe, a file's name or a user is escaped, and the document's own
+    policy forbids every script, style and address but those that are in it.
+    """
+    style, script = (_read(name) for name in ("page.css", "page.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_source(style)}; "
+        f"script-src {_source(script)}; base-uri 'none'; form-action 'none'"
+    )
+    template = _environment().get_template("page.html")
+    return template.render(view=_view(report), style=style, script=script, policy=policy)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@functools.cache
+def _read(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _source(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _view(report: Report) -> dict[str, Any]:
+    failed, total = len(report.failed), len(report.checks)
+    embed = _Embedder(report.rows)
+    return {
+        "name": report.name,
+        "version": __version__,
+        "formula": _formula(report),
+        "passed": not failed,
+        "verdict": f"{failed} of {total} checks failed" if failed else f"All {total} checks passed",
+        "failures": [_failure(check) for check in report.failed if check.edit is None],
+        "facts": _facts(report),
+        "edits": [_edit(report, index, row, embed) for index, row in enumerate(report.rows)],
+        "checks": _checks(report.checks),
+        "blocks": _blocks(report.blocks),
+        "recipe_text": report.recipe_text,
+        "digest": report.recipe_digest,
+        "notes": report.notes,
+    }
+
+
+def _formula(report: Report) -> str:
+    """Return the merge in one line, e.g. `target + 0.5 × (distilled − base)`."""
+    models = report.recipe.get("models") or {}
+    target, base = _model_name(models.get("target")), _model_name(models.get("base"))
+    names = [_model_name(model) for model in models.get("distilled") or []]
+    if not target or not all(names) or not names:
+        return ""
+    distilled = names[0] if len(names) == 1 else f"({' + '.join(names)})"
+    delta = f"({distilled} − {base})" if base else distilled
+    return f"{target} + {_number(report.recipe.get('weight', 1))} × {delta}"
+
+
+def _model_name(model: Any) -> str:
+    if not isinstance(model, dict):
+        return ""
+    return str(model.get("repo") or model.get("path") or "")
+
+
+def _facts(report: Report) -> list[dict[str, str]]:
+    settings = report.settings
+    merged = [row.pictures["merged"] for row in report.rows]
+    facts = [
+        ("Weight", _number(report.recipe["weight"]), "") if "weight" in report.recipe else None,
+        ("Steps", str(len(settings.timesteps) if settings.timesteps else settings.steps), ""),
+        ("Guidance", _number(settings.guidance_scale), ""),
+        ("Image guidance", _number(settings.image_guidance_scale), ""),
+        ("UNet rows", _number(mean([p.unet_rows for p in merged])), "per edit"),
+        ("Time", _seconds(mean([p.seconds for p in merged])), "per edit"),
+        ("Device", report.device.split()[0], " ".join(report.device.split()[1:])),
+    ]
+    return [
+        {"label": fact[0], "value": fact[1], "unit": fact[2]} for fact in facts if fact is not None
+    ]
+
+
+def _edit(report: Report, index: int, row: EditRow, embed: _Embedder) -> dict[str, Any]:
+    merged = row.pictures["merged"]
+    width, height = row.source.size
+    source = {"uri": embed(row.source), "width": width, "height": height}
+    captions = (row.edit.before_caption, row.edit.after_caption)
+    uris = {kind: embed(picture.image) for kind, picture in row.pictures.items()}
+    strip = []
+    if len(row.pictures) > 1:
+        strip = [
+            {
+                "uri": source["uri"],
+                "name": "Source",
+                "note": f"{width}{_GAP}×{_GAP}{height}{_GAP}px",
+            }
+        ]
+        strip += [
+            {"uri": uris[kind], "name": f"{_kind_name(kind)}, {_steps(picture)}", "note": cost}
+            for kind, picture in row.pictures.items()
+            for cost in [f"{picture.unet_rows} UNet rows, {_seconds(picture.seconds)}"]
+        ]
+    return {
+        "image": row.edit.image_name,
+        "instruction": row.edit.instruction,
+        "meta": [
+            row.edit.image_name,
+            f"{width}{_GAP}×{_GAP}{height}{_GAP}px",
+            f"seed{_GAP}{row.seed}",
+            f"{merged.unet_rows}{_GAP}UNet{_GAP}rows",
+            _seconds(merged.seconds),
+        ],
+        "captions": captions if all(captions) else None,
+        "failures": [_failure(check) for check in report.failed if check.edit == index],
+        "source": source,
+        "merged": {"uri": uris["merged"]},
+        "tiny": max(width, height) <= _TINY_PIXELS,
+        "columns": [
+            {"name": _kind_name(kind), "steps": _steps(picture)}
+            for kind, picture in row.pictures.items()
+        ],
+        "measures": _measures(row),
+        "strip": strip,
+    }
+
+
+def _measures(row: EditRow) -> list[dict[str, Any]]:
+    rows = []
+    for name, title in _MEASURES:
+        if any(name in row.metrics.get(kind, {}) for kind in row.pictures):
+            columns = [_measure(name, row.metrics.get(kind, {})) for kind in row.pictures]
+            rows.append({"name": title, "columns": columns})
+    return rows
+
+
+def _measure(name: str, metrics: Any) -> str:
+    if name not in metrics:
+        return "–"
+    value = metrics[name]
+    if name.startswith("psnr"):
+        return "∞" if value is None else f"{value:.1f}"
+    return "–" if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def _kind_name(kind: str) -> str:
+    return "Merged" if kind == "merged" else "Target"
+
+
+def _steps(picture: Picture) -> str:
+    settings = picture.settings
+    count = len(settings.timesteps) if settings.timesteps else settings.steps
+    return f"{count} step{'s' * (count != 1)}"
+
+
+def _checks(checks: Iterable[Check]) -> list[dict[str, Any]]:
+    """Return one row per kind with the value that is nearest to its limit, or furthest beyond."""
+    groups: dict[str, list[Check]] = {}
+    for check in checks:
+        groups.setdefault(check.name, []).append(check)
+    rows = []
+    for name, kind in CHECKS.items():
+        if name not in groups:
+            continue
+        group = groups[name]
+        sign = -1 if kind.at_least else 1
+        worst = max(group, key=lambda check: (not check.passed, sign * (check.value - check.limit)))
+        count = f"; worst of {len(group)} edits" if len(group) > 1 else ""
+        rows.append(
+            {
+                "title": kind.title,
+                "meaning": f"{kind.meaning}{count}",
+                "value": _number(worst.value),
+                "limit": _limit(kind, worst),
+                "passed": worst.passed,
+            }
+        )
+    return rows
+
+
+def _limit(kind: CheckKind, check: Check) -> str:
+    if check.limit == 0 and not kind.at_least:
+        return "0"
+    return f"{'≥' if kind.at_least else '≤'} {_number(check.limit)}"
+
+
+def _failure(check: Check) -> str:
+    kind = CHECKS[check.name]
+    text = f"{kind.title}: measured {_number(check.value)}, limit {_limit(kind, check)}."
+    shown = "; ".join(check.detail[:_SHOWN_DETAILS])
+    hidden = len(check.detail) - _SHOWN_DETAILS
+    more = f"; and {hidden} more" if hidden > 0 else ""
+    return _DIGEST.sub(r"\1…", f"{text} {shown}{more}".rstrip())
+
+
+def _blocks(blocks: Sequence[BlockNorm]) -> list[dict[str, Any]]:
+    largest = max((block.relative for block in blocks), default=0) or 1
+    return [
+        {
+            "name": block.name,
+            "text": f"{block.relative * 100:.2f}{_GAP}%",
+            "width": f"{block.relative / largest * 100:.2f}",
+            "parameters": _count(block.parameters),
+        }
+        for block in blocks
+    ]
+
+
+def _count(value: int) -> str:
+    for size, word in ((1_000_000, "M"), (1_000, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{_GAP}{word}"
+    return str(value)
+
+
+def _number(value: float) -> str:
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}{_GAP}s" if value < 100 else f"{value:.0f}{_GAP}s"
+
+
+class _Embedder:
+    """Turns pictures into data: addresses, smaller where all of them would be too much."""
+
+    def __init__(self, rows: Sequence[EditRow]) -> None:
+        pictures = [
+            image
+            for row in rows
+            for image in (row.source, *(picture.image for picture in row.pictures.values()))
+        ]
+        self._lossless = sum(map(_png_size_bytes, pictures)) <= _PNG_BUDGET_BYTES
+
+    def __call__(self, image: Image.Image) -> str:
+        longer = max(image.size)
+        if longer <= _TINY_PIXELS or (self._lossless and longer <= _LARGE_PIXELS):
+            return _address("png", _encode(image, "PNG", optimize=True))
+        if longer > _LARGE_PIXELS:
+            image = image.copy()
+            image.thumbnail((_LARGE_PIXELS, _LARGE_PIXELS), Image.Resampling.LANCZOS)
+        return _address("jpeg", _encode(image, "JPEG", quality=_QUALITY, subsampling=0))
+
+
+def _png_size_bytes(image: Image.Image) -> int:
+    return len(_encode(image, "PNG", compress_level=1))
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def _address(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,223 @@
+"""The report of a verification: `report.json`, `report.html` and `images/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge._version import __version__
+from merge.editor import EditSettings, save_png
+from merge.manifest import json_bytes
+from merge.verify.checks import CHECKS
+from merge.verify.model import BlockNorm, Check, CompareOptions, EditRow, Target
+from merge.writer.tensors import write_error
+
+REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
+IMAGES_NAME = "images"
+REPORT_VERSION = 1
+# Only what is named like this is taken for an older report's and removed.
+_IMAGE_NAME = re.compile(r"\d{2,}-\d+-(source|merged|target|target_few)\.png", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that a verification found.
+
+    Attributes:
+        name: Of the recipe, or of the folder where it has none.
+        recipe: Of the folder's lock; empty without one.
+        recipe_text: The lock as it is written; empty without one.
+        recipe_digest: 64 hexadecimal digits, or empty.
+        settings: Of the merged model's edits.
+        device: Kind of device and dtype.
+        checks: In the order of `CHECKS`.
+        rows: One per edit and seed.
+        blocks: How far each block moved; empty where no target was at hand.
+        target: What the pictures are compared with, if anything.
+        compare: How that made its pictures.
+        clip: Name of the CLIP model, if there was one.
+        notes: What was left out, and why.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    recipe_digest: str
+    settings: EditSettings
+    device: str
+    checks: tuple[Check, ...]
+    rows: tuple[EditRow, ...]
+    blocks: tuple[BlockNorm, ...] = ()
+    target: Target | None = None
+    compare: CompareOptions | None = None
+    clip: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """Return the checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+
+def write_report(folder: Path, report: Report, page: str) -> Path:
+    """Write the report's files; pictures of an older report are removed.
+
+    `report.json` comes last, so that what it names is there.
+
+    Args:
+        folder: Where to.
+        report: What was found.
+        page: The HTML.
+
+    Returns:
+        The path of `report.json`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    images = folder / IMAGES_NAME
+    try:
+        images.mkdir(exist_ok=True)
+        current = set()
+        for index, row in enumerate(report.rows):
+            for kind, name in image_names(index, row).items():
+                current.add(name)
+                _write_image(folder / name, row, kind)
+        for path in images.iterdir():
+            if _IMAGE_NAME.fullmatch(path.name) and f"{IMAGES_NAME}/{path.name}" not in current:
+                path.unlink()
+        _replace(folder / PAGE_NAME, page.encode())
+        _replace(folder / REPORT_NAME, json_bytes(report_tree(report)))
+    except OSError as error:
+        raise write_error(Path(error.filename or folder), error) from error
+    return folder / REPORT_NAME
+
+
+def image_names(index: int, row: EditRow) -> dict[str, str]:
+    """Return kind of picture to its file, relative to the folder."""
+    return {
+        kind: f"{IMAGES_NAME}/{index:02d}-{row.seed}-{kind}.png"
+        for kind in ("source", *row.pictures)
+    }
+
+
+def report_tree(report: Report) -> dict[str, Any]:
+    """Return the contents of `report.json`."""
+    target, compare = report.target, report.compare
+    compared = None
+    if target is not None and compare is not None:
+        compared = {
+            "model": target.label,
+            "commit": target.commit,
+            "steps": compare.steps,
+            "guidance_scale": compare.guidance_scale,
+            "image_guidance_scale": compare.image_guidance_scale,
+        }
+    return {
+        "schema_version": REPORT_VERSION,
+        "tool": {"name": "instruct-merge", "version": __version__},
+        "passed": not report.failed,
+        "summary": _summary(report),
+        "checks": [_check_tree(check) for check in report.checks],
+        "edits": [_row_tree(index, row) for index, row in enumerate(report.rows)],
+        "compared_with": compared,
+        "clip": report.clip,
+        "block_norms": [dataclasses.asdict(block) for block in report.blocks],
+        "notes": list(report.notes),
+    }
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    merged = [row.pictures["merged"] for row in report.rows]
+    settings = dataclasses.asdict(report.settings)
+    del settings["seed"]
+    return {
+        "name": report.name,
+        "recipe_digest": report.recipe_digest or None,
+        "weight": report.recipe.get("weight"),
+        **settings,
+        "device": report.device,
+        "unet_rows": mean([picture.unet_rows for picture in merged]),
+        "time_s": round(mean([picture.seconds for picture in merged]), 3),
+        "checks_failed": len(report.failed),
+        "checks_total": len(report.checks),
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; an integer where all values are the same integer."""
+    return values[0] if len(set(values)) == 1 else sum(values) / len(values)
+
+
+def _check_tree(check: Check) -> dict[str, Any]:
+    return {
+        "name": check.name,
+        "value": check.value,
+        "limit": check.limit,
+        "rule": "at least" if CHECKS[check.name].at_least else "at most",
+        "passed": check.passed,
+        "edit": check.edit,
+        "detail": list(check.detail),
+    }
+
+
+def _row_tree(index: int, row: EditRow) -> dict[str, Any]:
+    names = image_names(index, row)
+    merged = row.pictures["merged"]
+    return {
+        "image": row.edit.image_name,
+        "instruction": row.edit.instruction,
+        "seed": row.seed,
+        "before_caption": row.edit.before_caption,
+        "after_caption": row.edit.after_caption,
+        "settings": dataclasses.asdict(merged.settings),
+        "unet_rows": merged.unet_rows,
+        "time_s": round(merged.seconds, 3),
+        "files": list(names.values()),
+        "pictures": {
+            kind: {
+                "file": names[kind],
+                "scheduler": picture.scheduler,
+                "settings": dataclasses.asdict(picture.settings),
+                "unet_rows": picture.unet_rows,
+                "time_s": round(picture.seconds, 3),
+                "metrics": {
+                    name: None if value is None else round(value, 6)
+                    for name, value in row.metrics.get(kind, {}).items()
+                },
+            }
+            for kind, picture in row.pictures.items()
+        },
+    }
+
+
+def _write_image(path: Path, row: EditRow, kind: str) -> None:
+    if kind == "source":
+        temporary = _temporary(path)
+        try:
+            row.source.save(temporary, format="PNG")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    else:
+        picture = row.pictures[kind]
+        save_png(picture.image, path, picture.settings, row.edit.instruction)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

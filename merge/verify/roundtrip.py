@@ -1,0 +1,25 @@
+"""What a picture looks like after the model's VAE alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from merge.editor import Editor
+from merge.editor.vae import encode_pictures
+
+
+def round_trip(editor: Editor, image: Image.Image) -> Image.Image:
+    """Encode a picture and decode it again: what an edit that changes nothing gives.
+
+    Args:
+        editor: Whose VAE is used.
+        image: RGB, of a size that the model takes.
+    """
+    with torch.inference_mode():
+        latents = encode_pictures(editor, [image])
+        decoded = editor.pipeline.vae.decode(latents, return_dict=False)[0][0]
+        values = (decoded.float() * 0.5 + 0.5).permute(1, 2, 0).cpu().numpy()
+    values = np.nan_to_num(values, nan=0.0).clip(0, 1)
+    return Image.fromarray((values * 255).round().astype(np.uint8))

@@ -1,0 +1,164 @@
+"""What the merged weights are: finite, and how far from the target's.
+
+Tensors are streamed in chunks from both files at once, so that this costs one read of each and a
+few megabytes of memory, and no model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from merge.header import TensorSpec
+from merge.reader import Checkpoint, FileReader, read_checkpoint
+from merge.sources.select import select_weights
+from merge.verify.model import BlockNorm
+
+_CHUNK_ELEMENTS = 2 * 1024 * 1024
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsMeasured:
+    """What was found in the merged UNet's files.
+
+    Attributes:
+        non_finite: Key to the number of NaN or infinite values, where there are any.
+        blocks: Relative size of the delta per block, in the order of the model; empty without a
+            target, or when the target's keys or shapes are others.
+    """
+
+    non_finite: Mapping[str, int]
+    blocks: tuple[BlockNorm, ...]
+
+
+def unet_weights(folder: Path) -> tuple[Path, ...]:
+    """Return the weight files of a pipeline folder's UNet.
+
+    Raises:
+        SourceNotFoundError: it has none.
+    """
+    unet = folder / "unet"
+    names = {path.name for path in unet.iterdir()} if unet.is_dir() else set()
+    return tuple(unet / name for name in select_weights(names, None, str(unet)).names)
+
+
+def measure_weights(
+    merged: Sequence[Path], target: Sequence[Path] = (), stop: threading.Event | None = None
+) -> WeightsMeasured:
+    """Count non-finite values, and measure each block's distance to the target.
+
+    Args:
+        merged: The merged UNet's files.
+        target: The unmerged UNet's files under the same keys; empty measures no distance.
+        stop: Set to leave off; what was measured until then is returned.
+
+    Raises:
+        CheckpointError: a file breaks its format.
+    """
+    ours = read_checkpoint(merged)
+    theirs = read_checkpoint(target) if target else None
+    if theirs is not None and not _is_comparable(ours, theirs):
+        theirs = None
+    non_finite: dict[str, int] = {}
+    squares: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        our_readers = [stack.enter_context(FileReader(file.path)) for file in ours.files]
+        their_files = theirs.files if theirs is not None else ()
+        their_readers = [stack.enter_context(FileReader(file.path)) for file in their_files]
+        for key, (index, spec) in ours.tensors.items():
+            if stop is not None and stop.is_set():
+                break
+            if spec.dtype not in _DTYPES:
+                continue
+            other = None
+            if theirs is not None:
+                their_index, their_spec = theirs.tensors[key]
+                other = (their_readers[their_index], their_spec)
+            count, moved, size = _measure_tensor(our_readers[index], spec, other)
+            if count:
+                non_finite[key] = count
+            total = squares.setdefault(block_of(key), [0.0, 0.0, 0])
+            total[0] += moved
+            total[1] += size
+            total[2] += spec.element_count
+    return WeightsMeasured(non_finite, _blocks(squares) if theirs is not None else ())
+
+
+def block_of(key: str) -> str:
+    """Return the block of the UNet that a tensor belongs to, e.g. `down_blocks.0`."""
+    parts = key.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        return ".".join(parts[:2])
+    return "conv_out" if parts[0] == "conv_norm_out" else parts[0]
+
+
+def _is_comparable(ours: Checkpoint, theirs: Checkpoint) -> bool:
+    return ours.shapes == theirs.shapes and all(
+        theirs.tensors[key][1].dtype in _DTYPES
+        for key, (_, spec) in ours.tensors.items()
+        if spec.dtype in _DTYPES
+    )
+
+
+def _measure_tensor(
+    reader: FileReader, spec: TensorSpec, other: tuple[FileReader, TensorSpec] | None
+) -> tuple[int, float, float]:
+    """Return the number of non-finite values, and the squared norms of the move and the target.
+
+    The numbers are float32, their squares are summed in float64.
+    """
+    count, moved, size = 0, 0.0, 0.0
+    for first in range(0, spec.element_count, _CHUNK_ELEMENTS):
+        length = min(_CHUNK_ELEMENTS, spec.element_count - first)
+        values = _read(reader, spec, first, length)
+        finite = torch.isfinite(values)
+        if not bool(finite.all()):
+            count += length - int(finite.sum())
+        if other is not None:
+            before = _read(*other, first, length)
+            moved += _squared_norm(values - before)
+            size += _squared_norm(before)
+    return count, moved, size
+
+
+def _squared_norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
+def _read(reader: FileReader, spec: TensorSpec, first: int, length: int) -> torch.Tensor:
+    width = spec.size_bytes // spec.element_count
+    buffer = bytearray(length * width)
+    reader.read_into(memoryview(buffer), spec.start + first * width)
+    return torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype]).to(torch.float32)
+
+
+def _blocks(squares: Mapping[str, Sequence[float]]) -> tuple[BlockNorm, ...]:
+    return tuple(
+        BlockNorm(
+            name,
+            (squares[name][0] / squares[name][1]) ** 0.5 if squares[name][1] else 0.0,
+            int(squares[name][2]),
+        )
+        for name in sorted(squares, key=_place)
+    )
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    """Order blocks as data flows through the UNet."""
+    order = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks")
+    stem, _, number = name.partition(".")
+    rank = order.index(stem) if stem in order else len(order)
+    return rank, int(number) if number.isdecimal() else 0, stem
