@@ -36,7 +36,8 @@ from merge.editor.schedule import draw_noise, make_schedule
 from merge.errors import CheckpointError, DeviceError, ImageError, SourceNotFoundError
 
 LATENT_LIMIT = 1e-4
-PICTURE_LIMIT = 1 / 255
+# Far below one step of 8 bits: of random models, pictures hardly follow the latents.
+PICTURE_LIMIT = 1e-4
 SIZE = (64, 48)
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 V_ZERO_SNR = {
@@ -302,7 +303,7 @@ def test_sdxl_encodes_the_empty_prompt_where_zeros_are_not_asked_for(sdxl: Pair)
 
 def test_sdxl_latents_with_a_mean_and_a_deviation(sdxl: Pair) -> None:
     sdxl.use(lcm())
-    numbers = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.5, 0.7, 1.2, 0.9]}
+    numbers = {"latents_mean": [10.0, -20.0, 30.0, 0.0], "latents_std": [2.5, 0.1, 1.2, 0.9]}
     vaes = (sdxl.stock.vae, sdxl.editor.pipeline.vae)
     try:
         for vae in vaes:
@@ -319,9 +320,10 @@ def test_a_long_instruction_is_cut_as_in_the_stock_pipeline_and_that_is_said(pai
     with logged() as lines:
         pair.compare(EditSettings(steps=1), instruction)
     assert len(lines) == 1
-    assert lines[0].startswith("the instruction is too long; the model does not see: ")
-    assert lines[0].endswith("and add a dragon")
-    assert lines[0].count("blue") < 60
+    said, _, lost = lines[0].partition(": ")
+    assert said == "the instruction is too long; the model does not see"
+    # Each of the first words is one token, and 77 with start and end are read.
+    assert lost.split() == instruction.split()[75:]
     with logged() as lines:
         edit(pair.editor, noise_picture(), "make it blue", EditSettings(steps=1))
     assert lines == []
