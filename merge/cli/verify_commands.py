@@ -100,8 +100,8 @@ def verify_command(
     if files:
         _verify_files(folder, bars, as_json)
         return
-    if compare is not None or clip is not None:
-        # These two may be on the Hub; an export by itself needs nothing from there.
+    if any(name and not Path(name).expanduser().is_dir() for name in (compare, clip)):
+        # On the Hub, then; an export by itself needs nothing from there.
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
     silence_libraries()
     from merge.errors import VerificationError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ from PIL import Image
 
 from merge.errors import SourceNotFoundError
 
-# Of OpenAI's models, for folders that do not say.
+# Of every CLIP that OpenAI published.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def find_clip(model: str) -> str:
@@ -34,6 +36,8 @@ def find_clip(model: str) -> str:
 
     with _named(model):
         where, options = _where(model)
+        if not options and not _HUB_ID.fullmatch(model):
+            raise ValueError("there is no such folder, and it is no Hub id of the form org/name")
         config = transformers.AutoConfig.from_pretrained(where, **options)
         if config.model_type != "clip":
             raise ValueError(f"it is a model of type {config.model_type}")

@@ -16,7 +16,9 @@ from merge.sources import resolve_sources
 from merge.verify.model import CompareOptions, EditRow, Picture, Target
 from merge.verify.references import ReferenceCache, cache_folder, reference_key
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII
+)
 
 
 def find_target(model: str) -> Target:
@@ -31,7 +33,7 @@ def find_target(model: str) -> Target:
     folder = Path(model).expanduser()
     if folder.is_dir():
         ref = ModelRef(path=str(folder.absolute()))
-    elif (match := _HUB_ID.fullmatch(model)) and not model.startswith("."):
+    elif match := _HUB_ID.fullmatch(model):
         ref = ModelRef(repo=match["repo"], revision=match["revision"])
     else:
         raise SourceNotFoundError(
