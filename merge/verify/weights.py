@@ -118,7 +118,7 @@ def _measure_tensor(
 ) -> tuple[int, float, float]:
     """Return the number of non-finite values, and the squared norms of the move and the target.
 
-    The numbers are float32, their squares are summed in float64.
+    The differences are float32, their squares are summed in float64.
     """
     count, moved, size = 0, 0.0, 0.0
     for first in range(0, spec.element_count, _CHUNK_ELEMENTS):
@@ -142,7 +142,9 @@ def _read(reader: FileReader, spec: TensorSpec, first: int, length: int) -> torc
     width = spec.size_bytes // spec.element_count
     buffer = bytearray(length * width)
     reader.read_into(memoryview(buffer), spec.start + first * width)
-    return torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype]).to(torch.float32)
+    values = torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype])
+    # What is finite in float64 need not be so in float32.
+    return values if spec.dtype == "F64" else values.to(torch.float32)
 
 
 def _blocks(squares: Mapping[str, Sequence[float]]) -> tuple[BlockNorm, ...]:
