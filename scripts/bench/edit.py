@@ -1,0 +1,276 @@
+"""Time an edit by the loop of this tool against diffusers' own pipeline, with the same weights.
+
+    python scripts/bench/edit.py                                  # half width, 256 px, five pairs
+    python scripts/bench/edit.py --size 512 --pairs 3
+    python scripts/bench/edit.py --device cuda --dtype float16 --width 320 --size 512
+
+The model has random weights in the proportions of Stable Diffusion 1.5; `--width 320` is its size.
+Both sides edit the same picture with the same seed, in turn in one process and in swapped order
+from pair to pair, and what they make is compared. Guidance 2 and image guidance 1, where diffusers
+evaluates three UNet rows a step and two count: no loop can be more than 1.5 times as fast.
+
+    loop          from the first step to the last, which is where the rows are saved
+    end to end    with the text encoder and the VAE, whose shares are shown
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Python puts this script's folder first, where `merge` would be another script.
+sys.path[0] = str(ROOT)
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from merge.editor import Editor, EditSettings, edit  # noqa: E402
+
+INSTRUCTION = "make it a rainy evening in autumn"
+LOOP_AIM = 1.35
+STAGES = ("text_s", "encode_s", "denoise_s", "decode_s")
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    editor = build_editor(options)
+    settings = EditSettings(
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        image_guidance_scale=options.image_guidance_scale,
+        resolution=options.size,
+    )
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize((options.size,) * 2, Image.Resampling.BICUBIC)
+    sides = {"ours": run_ours, "stock": run_stock}
+    pictures = {side: run(editor, picture, settings)[1] for side, run in sides.items()}
+    difference = float(np.abs(pictures["ours"] - pictures["stock"]).max())
+    if editor.pipeline.unet.dtype == torch.float32 and not difference <= 1 / 255:
+        raise SystemExit(f"the pictures differ by {difference}")
+    rows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for pair in range(options.pairs):
+        for side in list(sides)[:: 1 if pair % 2 else -1]:
+            print(f"pair {pair + 1}/{options.pairs}: {side}", file=sys.stderr)
+            rows[side].append(sides[side](editor, picture, settings)[0])
+    print_tables(rows, difference)
+    write_results(options, rows, difference)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=160, help="of the UNet, a multiple of 32")
+    parser.add_argument("--size", type=int, default=256, help="of the picture, in pixels")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--image-guidance-scale", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--out", type=Path, help="JSON with every number")
+    return parser.parse_args()
+
+
+def build_editor(options: argparse.Namespace) -> Editor:
+    """Make a pipeline of random weights; every part is as wide as the UNet, relatively."""
+    from scripts.make_tiny import make_sd15
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        make_sd15(Path(folder))
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(Path(folder, "target", "tokenizer"))
+    width = options.width
+    text_width = max(64, 768 * width // 320 // 64 * 64)
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=text_width,
+            intermediate_size=4 * text_width,
+            num_hidden_layers=12,
+            num_attention_heads=text_width // 64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=64,
+        in_channels=8,
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+        cross_attention_dim=text_width,
+        attention_head_dim=8,
+    )
+    vae_width = max(32, 128 * width // 320 // 32 * 32)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(vae_width, 2 * vae_width, 4 * vae_width, 4 * vae_width),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        scaling_factor=0.18215,
+    )
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=vae.eval(),
+        text_encoder=text.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=diffusers.LCMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    device = torch.device(options.device)
+    if options.dtype != "float32":
+        pipeline.to(getattr(torch, options.dtype))
+    return Editor(pipeline.to(device), ROOT, device)
+
+
+# The sides -------------------------------------------------------------------------------------
+
+
+def run_ours(
+    editor: Editor, picture: Image.Image, settings: EditSettings
+) -> tuple[dict[str, float], np.ndarray]:
+    started = time.perf_counter()
+    result = edit(editor, picture, INSTRUCTION, settings)
+    total = time.perf_counter() - started
+    stages = {name: getattr(result.stages, name) for name in STAGES}
+    row = {"total_s": total, "loop_s": stages["denoise_s"], "unet_rows": result.unet_rows}
+    return {**row, **stages}, result.image
+
+
+def run_stock(
+    editor: Editor, picture: Image.Image, settings: EditSettings
+) -> tuple[dict[str, float], np.ndarray]:
+    pipeline = editor.pipeline
+    times: list[float] = []
+    unet_rows: list[int] = []
+
+    def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not times:
+            editor.synchronize()
+            times.append(time.perf_counter())
+        unet_rows.append(len(inputs[0]))
+
+    def after(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == settings.steps - 1:
+            editor.synchronize()
+            times.append(time.perf_counter())
+        return {}
+
+    handle = pipeline.unet.register_forward_pre_hook(before)
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = pipeline(
+            INSTRUCTION,
+            image=picture,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            image_guidance_scale=settings.image_guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            output_type="np",
+            callback_on_step_end=after,
+        ).images[0]
+    total = time.perf_counter() - started
+    handle.remove()
+    row = {"total_s": total, "loop_s": times[1] - times[0], "unet_rows": sum(unet_rows)}
+    return row, image
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+
+def median(runs: list[dict[str, float]], name: str) -> float:
+    return statistics.median(run[name] for run in runs)
+
+
+def ratios(rows: dict[str, list[dict[str, float]]]) -> list[tuple[str, list[float], str]]:
+    def pairs(name: str) -> list[float]:
+        pairs = zip(rows["stock"], rows["ours"], strict=True)
+        return [stock[name] / ours[name] for stock, ours in pairs]
+
+    return [
+        ("stock / ours, loop", pairs("loop_s"), f"  aim: at least {LOOP_AIM}, at most 1.5 exist"),
+        ("stock / ours, end to end", pairs("total_s"), ""),
+    ]
+
+
+def print_tables(rows: dict[str, list[dict[str, float]]], difference: float) -> None:
+    print(f"{'side':<7}{'loop s':>9}{'min':>8}{'max':>8}{'end to end s':>14}{'UNet rows':>11}")
+    for side, runs in rows.items():
+        loop = [run["loop_s"] for run in runs]
+        print(
+            f"{side:<7}{statistics.median(loop):>9.3f}{min(loop):>8.3f}{max(loop):>8.3f}"
+            f"{median(runs, 'total_s'):>14.3f}{median(runs, 'unet_rows'):>11.0f}"
+        )
+    stages = {name: median(rows["ours"], name) for name in STAGES}
+    whole = sum(stages.values())
+    print("\nour stages, median s and share")
+    print("".join(f"{name.removesuffix('_s'):>14}" for name in stages))
+    print("".join(f"{value:>8.3f}{value / whole:>6.0%}" for value in stages.values()))
+    print()
+    for name, found, aim in ratios(rows):
+        shown = ", ".join(f"{value:.2f}" for value in found)
+        print(f"{name:<26}{statistics.median(found):>7.2f}   ({shown}){aim}")
+    print(f"largest difference of the pictures: {difference:.1e}, limit {1 / 255:.1e} in float32")
+
+
+def write_results(
+    options: argparse.Namespace, rows: dict[str, list[dict[str, float]]], difference: float
+) -> None:
+    name = "edit" if options.device == "cpu" else f"edit-{options.device.split(':')[0]}"
+    path = options.out or ROOT / "scripts" / "bench" / "results" / f"{name}.json"
+    processor = platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")), processor
+    )
+    settings = ("width", "size", "steps", "guidance_scale", "image_guidance_scale", "threads")
+    tree = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": {
+            "cpu": model,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "settings": {
+            **{name: getattr(options, name) for name in settings},
+            "device": options.device,
+            "dtype": options.dtype,
+        },
+        "ratios": {name: [round(v, 3) for v in found] for name, found, _ in ratios(rows)},
+        "picture_difference": difference,
+        "runs": {
+            side: [{name: round(v, 4) for name, v in run.items()} for run in runs]
+            for side, runs in rows.items()
+        },
+    }
+    if options.device != "cpu":
+        tree["machine"]["gpu"] = torch.cuda.get_device_name()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
