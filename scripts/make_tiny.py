@@ -164,7 +164,7 @@ def _write_weights(path: Path, state: State, dtype: torch.dtype) -> None:
     path.write_bytes(save(cast, metadata={"format": "pt"}))
 
 
-def _write_diffusers_model(
+def write_diffusers_model(
     folder: Path, model: Any, state: State, dtype: torch.dtype, version: str | None = None
 ) -> None:
     """Write `config.json` and the weights of a diffusers model.
@@ -193,14 +193,14 @@ def _write_unets(
     """Write base, distilled and the target's UNet: one random model and two steps away from it."""
     model = _unet(config)
     base = _random_state(model, seed, arch, "unet")
-    _write_diffusers_model(out / "base", model, base, dtype)
+    write_diffusers_model(out / "base", model, base, dtype)
 
     key = "time_embedding.cond_proj.weight"
     model = _unet(config, time_cond_proj_dim=256)
     distilled = _perturb(base, seed, arch, "distilled")
     shape = tuple(model.state_dict()[key].shape)
     distilled[key] = _random_tensor(key, shape, _rng(seed, arch, "distilled", key))
-    _write_diffusers_model(out / "distilled", model, distilled, dtype)
+    write_diffusers_model(out / "distilled", model, distilled, dtype)
 
     key = "conv_in.weight"
     model = _unet(config, in_channels=8)
@@ -209,7 +209,7 @@ def _write_unets(
     wide = _random_tensor(key, shape, _rng(seed, arch, "image channels", key))
     wide[:, :4] = target[key]
     target[key] = wide
-    _write_diffusers_model(
+    write_diffusers_model(
         out / "target" / "unet", model, target, dtype, version=TARGET_DIFFUSERS_VERSION
     )
 
@@ -271,9 +271,23 @@ def _learn_merges(words: list[str], count: int) -> list[tuple[str, str]]:
     return merges
 
 
-def _write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
-    """Write a byte-level CLIP tokenizer and return the size of its vocabulary."""
-    merges = _learn_merges(CORPUS.split(), 256)
+def write_tokenizer(
+    folder: Path,
+    corpus: str = CORPUS,
+    length: int = TEXT_LENGTH,
+    pad_token: str = "<|endoftext|>",
+    merge_count: int = 256,
+) -> int:
+    """Write a byte-level CLIP tokenizer and return the size of its vocabulary.
+
+    Args:
+        folder: Where to.
+        corpus: The words that merges are learnt from.
+        length: The most tokens of a text.
+        pad_token: What short texts are filled with.
+        merge_count: At most so many merges.
+    """
+    merges = _learn_merges(corpus.split(), merge_count)
     symbols = _byte_symbols()
     tokens = [*symbols, *(f"{s}</w>" for s in symbols), *("".join(pair) for pair in merges)]
     # Last, as in CLIP: text encoders find the end of the text at the highest id.
@@ -295,14 +309,14 @@ def _write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
         "add_prefix_space": False,
         "do_lower_case": True,
         "errors": "replace",
-        "model_max_length": TEXT_LENGTH,
+        "model_max_length": length,
         "tokenizer_class": "CLIPTokenizer",
     }
     _write_json(folder / "tokenizer_config.json", config)
     return len(vocab)
 
 
-def _write_transformers_model(folder: Path, model: Any, state: State, dtype: torch.dtype) -> None:
+def write_transformers_model(folder: Path, model: Any, state: State, dtype: torch.dtype) -> None:
     """Write the config and the weights of a transformers model."""
     config = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
@@ -329,7 +343,7 @@ def _write_text_encoder(
     if arch == "sd15":
         # The public SD1.5 target dates from when this buffer was saved; SDXL's files lack it.
         state[f"{prefix}embeddings.position_ids"] = np.arange(TEXT_LENGTH)[None]
-    _write_transformers_model(folder, model, state, dtype)
+    write_transformers_model(folder, model, state, dtype)
 
 
 def _write_safety_checker(folder: Path, dtype: torch.dtype, seed: int) -> None:
@@ -361,7 +375,7 @@ def _write_safety_checker(folder: Path, dtype: torch.dtype, seed: int) -> None:
     }
     positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1  # patches and the class
     state[f"{prefix}embeddings.position_ids"] = np.arange(positions)[None]
-    _write_transformers_model(folder, model, state, dtype)
+    write_transformers_model(folder, model, state, dtype)
 
 
 def _write_feature_extractor(folder: Path) -> None:
@@ -388,7 +402,7 @@ def _write_vae(
     with torch.device("meta"):
         model = diffusers.AutoencoderKL(**VAE, **config)
     state = _random_state(model, seed, arch, "vae")
-    _write_diffusers_model(folder, model, state, dtype, version=TARGET_DIFFUSERS_VERSION)
+    write_diffusers_model(folder, model, state, dtype, version=TARGET_DIFFUSERS_VERSION)
 
 
 def _write_scheduler(folder: Path) -> None:
@@ -432,7 +446,7 @@ def make_sd15(out: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -
     _write_unets(out, SD15_UNET, "sd15", dtype, seed)
     _write_loras(out, SD15_UNET, "sd15", dtype, seed)
     _write_vae(target / "vae", {"scaling_factor": 0.18215}, "sd15", dtype, seed)
-    vocab_size = _write_tokenizer(target / "tokenizer")
+    vocab_size = write_tokenizer(target / "tokenizer")
     text = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": vocab_size}
     _write_text_encoder(target / "text_encoder", "CLIPTextModel", text, "sd15", dtype, seed)
     _write_safety_checker(target / "safety_checker", dtype, seed)
@@ -459,8 +473,8 @@ def make_sdxl(out: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -
     _write_loras(out, SDXL_UNET, "sdxl", dtype, seed)
     vae = {"scaling_factor": 0.13025, "force_upcast": True}
     _write_vae(target / "vae", vae, "sdxl", dtype, seed)
-    vocab_size = _write_tokenizer(target / "tokenizer")
-    _write_tokenizer(target / "tokenizer_2", pad_token="!")
+    vocab_size = write_tokenizer(target / "tokenizer")
+    write_tokenizer(target / "tokenizer_2", pad_token="!")
     # Unequal widths, so that exchanging the two encoders cannot go unseen.
     text = {"hidden_size": 12, "intermediate_size": 24, "vocab_size": vocab_size}
     _write_text_encoder(target / "text_encoder", "CLIPTextModel", text, "sdxl", dtype, seed)

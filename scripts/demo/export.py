@@ -1,0 +1,105 @@
+"""Write the trained models and a few pictures to edit as the folders that the demo's recipes name.
+
+    python scripts/demo/export.py            # outputs/demo-training -> recipes/demo
+
+recipes/demo/ receives base/ and distilled/ (UNet folders), lcm_lora.safetensors (kohya keys),
+target/ (a whole InstructPix2Pix pipeline) in float16, and pictures/: under 25 MB in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import torch
+import world
+from PIL import Image
+from safetensors.torch import save
+from train import ROOT, Run, load_text, load_vae
+
+_EXAMPLES_SEED = 4
+EXAMPLES = ("plant flowers", "make it night", "repaint the houses", "add balloons", "build houses")
+EXAMPLES += ("turn the ground into snow",)
+
+
+def write_models(run: Run, out: Path) -> None:
+    """Write base, distilled, LoRA and target."""
+    base = models.cut_image_channels(run.load("base")["unet"])
+    for name, channels, state in (
+        ("base", 4, base),
+        ("distilled", 4, run.load("distilled")["unet"]),
+    ):
+        unet = models.make_unet(channels)
+        unet.load_state_dict(state)
+        models.save_diffusers_model(unet, out / name)
+    target = models.make_unet(8)
+    target.load_state_dict(run.load("target")["unet"])
+    vae, _ = load_vae(run)
+    text_encoder, _ = load_text(run)
+    models.save_pipeline(out / "target", target, vae, text_encoder)
+    lora = run.load("lora")
+    write_lora(out / "lcm_lora.safetensors", lora["keys"], lora["factors"], base)
+
+
+def write_lora(
+    path: Path,
+    keys: list[str],
+    factors: list[torch.Tensor],
+    base: dict[str, torch.Tensor],
+) -> None:
+    """Write a LoRA as LCM-LoRA is published: kohya keys, one alpha a module, float16."""
+    tensors = {}
+    for key, up, down in zip(keys, factors[::2], factors[1::2], strict=True):
+        name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+        kernel = base[key].shape[1:]  # a convolution keeps its kernel in `down`
+        tensors[f"{name}.lora_up.weight"] = up.view(*up.shape, *[1] * (len(kernel) - 1))
+        tensors[f"{name}.lora_down.weight"] = down.view(len(down), *kernel)
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    cast = {key: value.half().contiguous().cpu() for key, value in sorted(tensors.items())}
+    path.write_bytes(save(cast, metadata={"format": "pt"}))
+
+
+def write_pictures(out: Path) -> None:
+    """Write pictures to edit, and for closed edits the right answer."""
+    edits = world.sample_edits(np.random.default_rng(_EXAMPLES_SEED), 4000)
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    before, after = world.render(edits.source), world.render(edits.outcome)
+    for instruction in EXAMPLES:
+        found = [i for i, text in enumerate(edits.instructions) if text == instruction]
+        # The busiest picture shows best that everything else is kept.
+        best = max(found, key=lambda i: _variety(edits.source.tiles[i]))
+        name = instruction.replace(" ", "-")
+        _save(before[best], folder / f"{name}.png")
+        if not edits.is_open[best]:
+            _save(after[best], folder / f"{name}-right.png")
+
+
+def _variety(tiles: np.ndarray) -> tuple[int, int]:
+    half = world.GRID // 2
+    kinds = len(np.unique(tiles[:half])) + len(np.unique(tiles[half:]))
+    return kinds, -abs(int((tiles > 0).sum()) - 10)
+
+
+def _save(picture: np.ndarray, path: Path) -> None:
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "recipes" / "demo")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "demo-training")
+    arguments = parser.parse_args()
+    run: Any = Run(arguments.work, "cpu")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_models(run, arguments.out)
+    write_pictures(arguments.out)
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    print(f"{arguments.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

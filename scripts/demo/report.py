@@ -1,0 +1,135 @@
+"""Write the evaluation down: scripts/demo/RESULTS.md, results.json and the plot over weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import world
+from evaluate import _TEST_SEED, GUIDANCE, HERE, WEIGHTS, Result, Setting, difference, interval
+
+_NAMES = {
+    "target": "target, unmerged",
+    "demo": "merged, full delta",
+    "demo-lora": "merged, LoRA",
+}
+
+
+def write(results: Sequence[Result], norms: dict[str, float], count: int) -> None:
+    """Write table, numbers and plot."""
+    edits = world.sample_edits(np.random.default_rng(_TEST_SEED), count)
+    rows = {result.setting: result for result in results}
+    text = "\n".join(
+        [
+            "# What the demo's merge is worth",
+            "",
+            f"{count:,} edits that training never saw, with the same noise for every line, guidance",
+            f"scale {GUIDANCE:g}, image guidance off. An edit is *right* when all 16 tiles of the",
+            f"picture are right: each within an RMS distance of {world.RIGHT_BELOW:g} of a sprite that",
+            "the instruction allows there. *Open* instructions (add, plant, build, repaint) have many",
+            "right answers, *closed* ones a single one. Written by",
+            "`python scripts/demo/evaluate.py`; the numbers are in `results.json`.",
+            "",
+            *_main_table(rows, edits.is_open, count),
+            "",
+            *_gains(rows),
+            "",
+            "## Weights and channel rules",
+            "",
+            "![Share of right edits over the weight](weights.png)",
+            "",
+            *_weight_table(rows, count),
+            "",
+            "## How far the models are apart",
+            "",
+            "Norms of differences relative to the base's, over all tensors of one shape:",
+            f"target - base {norms['target']:.3f}, distilled - base {norms['distilled']:.3f}.",
+        ]
+    )
+    (HERE / "RESULTS.md").write_text(text + "\n", encoding="utf-8")
+    numbers = {
+        "count": count,
+        "norms": {name: round(value, 4) for name, value in norms.items()},
+        "results": [
+            {
+                **asdict(result.setting),
+                "unet_rows": result.unet_rows,
+                "right": sum(result.right),
+                "right_open": int(np.array(result.right)[edits.is_open].sum()),
+                "distance": round(float(np.mean(result.distance)), 4),
+            }
+            for result in results
+        ],
+    }
+    (HERE / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    _plot(rows, count)
+
+
+def _main_table(rows: dict[Setting, Result], is_open: np.ndarray, count: int) -> list[str]:
+    lines = [
+        "| model | steps | UNet rows | right | 95 % interval | open | closed | distance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for setting, result in rows.items():
+        if setting.weight not in (None, 1.0) or setting.channel_rule != "skip":
+            continue
+        right = np.array(result.right)
+        low, high = interval(int(right.sum()), count)
+        sampler = "DDIM" if setting.scheduler == "own" else "LCM"
+        lines.append(
+            f"| {_NAMES[setting.model]} | {setting.steps} {sampler} | {result.unet_rows} | "
+            f"**{right.mean():.1%}** | {low:.1%} to {high:.1%} | {right[is_open].mean():.1%} | "
+            f"{right[~is_open].mean():.1%} | {np.mean(result.distance):.3f} |"
+        )
+    return lines
+
+
+def _gains(rows: dict[Setting, Result]) -> list[str]:
+    lines = ["Merged (full delta, weight 1) against unmerged, paired over the edits:", ""]
+    for steps in (4, 2, 1):
+        gain, half = difference(rows[Setting("demo", steps, 1.0)], rows[Setting("target", steps)])
+        lines.append(
+            f"* {steps} step{'s' * (steps > 1)}: {100 * gain:+.1f} ± {100 * half:.1f} points"
+        )
+    return lines
+
+
+def _weight_table(rows: dict[Setting, Result], count: int) -> list[str]:
+    lines = ["| weight | skip, 4 steps | first, 4 steps | skip, 2 steps | first, 2 steps |"]
+    lines.append("|---|---|---|---|---|")
+    for weight in WEIGHTS:
+        cells = []
+        for steps in (4, 2):
+            for rule in ("skip", "first"):
+                right = sum(rows[Setting("demo", steps, weight, rule)].right)
+                low, high = interval(right, count)
+                cells.append(f"{right / count:.1%} ({low:.0%} to {high:.0%})")
+        lines.append(f"| {weight:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def _plot(rows: dict[Setting, Result], count: int) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.8), dpi=130)
+    for steps, colour in ((4, "#2563a8"), (2, "#d97706")):
+        for rule, style in (("skip", "-"), ("first", ":")):
+            shares = [sum(rows[Setting("demo", steps, w, rule)].right) / count for w in WEIGHTS]
+            bounds = np.array([interval(round(share * count), count) for share in shares]).T
+            label = f"{steps} steps, channel rule {rule}"
+            axes.plot(WEIGHTS, shares, style, color=colour, marker="o", ms=4, label=label)
+            axes.fill_between(WEIGHTS, *bounds, color=colour, alpha=0.12, lw=0)
+    own = rows[Setting("target", 50, scheduler="own")]
+    axes.axhline(sum(own.right) / count, color="#777", lw=1, ls="--", label="target, 50 DDIM steps")
+    axes.set(xlabel="weight of the delta (0: unmerged)", ylabel="right edits", ylim=(0, 1))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / "weights.png", metadata={"Software": None})
