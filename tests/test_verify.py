@@ -141,7 +141,8 @@ def test_the_report_names_its_files_and_no_place_of_this_machine(
     (edit,) = report["edits"]
     assert edit["image"] == "my picture.png"
     assert edit["seed"] == edit["settings"]["seed"] == 7
-    assert edit["files"] == ["images/00-7-source.png", "images/00-7-merged.png"]
+    kinds = ("source", "merged", "expected")
+    assert edit["files"] == [f"images/00-7-{kind}.png" for kind in kinds]
     assert sorted(edit["files"]) == sorted(
         f"images/{p.name}" for p in (export / "images").iterdir()
     )
@@ -323,13 +324,15 @@ def test_the_result_must_be_near_one_of_the_expected(export: Path, tmp_path: Pat
 
 def test_the_distance_to_the_expected_is_the_root_mean_square() -> None:
     black, grey = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), (51, 51, 51))
-    check = check_expected(4, grey, [Image.new("RGB", (8, 8), "white"), black], 0.2)
+    white = Image.new("RGB", (8, 8), "white")
+    check, nearest = check_expected(4, grey, [white, black], 0.2)
     assert check.value == pytest.approx(0.2)
     assert check.passed
-    assert not check_expected(4, grey, [black], 0.19).passed
+    assert nearest is black
+    assert not check_expected(4, grey, [black], 0.19)[0].passed
     half = black.copy()
     half.paste((255, 255, 255), (0, 0, 8, 4))
-    assert check_expected(0, half, [black], 1).value == pytest.approx(math.sqrt(0.5), abs=1e-6)
+    assert check_expected(0, half, [black], 1)[0].value == pytest.approx(math.sqrt(0.5), abs=1e-6)
 
 
 def test_a_small_edit_is_not_the_source() -> None:

@@ -96,6 +96,19 @@ def test_a_page_says_what_there_is_to_say() -> None:
     assert len(bars) == len(BLOCKS)
 
 
+def test_the_expected_picture_is_shown_beside_the_result() -> None:
+    for compared, names in (
+        (False, ["Source", "Merged, 4 steps", "Expected"]),
+        (True, ["Source", "Merged, 4 steps", "Expected", "Target, 50 steps", "Target, 4 steps"]),
+    ):
+        report = make_report(compared=compared)
+        row = dataclasses.replace(report.rows[0], expected=report.rows[1].source)
+        page = Page(render_page(dataclasses.replace(report, rows=(row, *report.rows[1:]))))
+        assert [image["alt"] for image in page.tags("img")][2 : 2 + len(names)] == names
+        classes = [attributes.get("class") for attributes in page.tags("div")]
+        assert ("strip five" in classes) == compared
+
+
 def test_a_page_leaves_out_what_there_is_not() -> None:
     report = make_report(recipe={}, recipe_text="", recipe_digest="", notes=("A note.",))
     page = Page(render_page(report))
@@ -106,9 +119,26 @@ def test_a_page_leaves_out_what_there_is_not() -> None:
     assert not any(word in page.text for word in ("None", "nan", "Undefined"))
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"weight": "much", "models": {"target": "x", "distilled": "y"}},
+        {"weight": float("nan"), "models": ["x"]},
+        {"weight": None, "models": {"target": {"repo": "a/b"}, "distilled": [None]}},
+    ],
+)
+def test_a_lock_that_somebody_changed_is_still_shown(recipe: dict[str, Any]) -> None:
+    page = Page(render_page(make_report(recipe=recipe)))
+    assert f"Weight {recipe['weight']} Steps" in page.text
+
+
 def test_a_failed_page_names_every_failure() -> None:
     report = make_report()
     digest = "0123456789abcdef" * 4
+    many = [make_check("not_constant", 0, edit=0) for _ in range(9)]
+    long = Page(render_page(dataclasses.replace(report, checks=tuple(many))))
+    assert "9 of 9 checks failed" in long.text
+    assert "and 3 more" in long.text
     failed = [
         make_check("files_as_recorded", 7, detail=[f"file{i} {digest}" for i in range(7)]),
         make_check("not_black", 0.001, edit=1),
@@ -119,7 +149,9 @@ def test_a_failed_page_names_every_failure() -> None:
     assert "Files are as recorded: measured 7, limit 0. file0 0123456789ab…" in page.text
     assert "file4" in page.text
     assert "and 2 more" in page.text
-    assert "Not black: measured 0.001, limit ≥ 0.05." in page.text
+    # At the top, and beside the edit.
+    assert "make it sunset – Not black: measured 0.001, limit ≥ 0.05." in page.text
+    assert page.text.count("Not black: measured 0.001, limit ≥ 0.05.") == 2
     # The table shows the worst of all edits.
     assert "worst of 4 edits 0.001 ≥ 0.05 failed" in page.text
 

@@ -121,11 +121,13 @@ def check_repeat(first: EditResult, again: EditResult) -> Check:
 
 def check_expected(
     index: int, picture: Image.Image, expected: Sequence[Image.Image], limit: float
-) -> Check:
-    """Check that a picture is near to one of those that are right."""
+) -> tuple[Check, Image.Image]:
+    """Check that a picture is near to one of those that are right, and return that one too."""
     values = to_values(picture)
-    distance = min(rms(values, to_values(other)) for other in expected)
-    return make_check("as_expected", distance, edit=index, limit=limit)
+    distances = [rms(values, to_values(other)) for other in expected]
+    nearest = distances.index(min(distances))
+    check = make_check("as_expected", distances[nearest], edit=index, limit=limit)
+    return check, expected[nearest]
 
 
 def check_weights(non_finite: Mapping[str, int]) -> Check:

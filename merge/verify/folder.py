@@ -264,10 +264,13 @@ def _edit_one(
         result.unet_rows,
         result.seconds,
     )
+    row = EditRow(edit, settings.seed, result.source, {"merged": merged})
     if edit.expected:
-        expected = [_of_size(job.pictures[path], merged.image.size) for path in edit.expected]
-        checks.append(check_expected(index, merged.image, expected, edit.expected_limit))
-    return EditRow(edit, settings.seed, result.source, {"merged": merged}), checks
+        known = [_of_size(job.pictures[path], merged.image.size) for path in edit.expected]
+        check, nearest = check_expected(index, merged.image, known, edit.expected_limit)
+        checks.append(check)
+        row = dataclasses.replace(row, expected=nearest)
+    return row, checks
 
 
 def _of_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:

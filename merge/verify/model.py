@@ -92,6 +92,7 @@ class EditRow:
         source: What the model saw.
         pictures: `merged`, and with a target `target` and `target_few`.
         metrics: For each picture, name of a metric to value; None where it is infinite.
+        expected: The nearest of the right results, if any are known.
     """
 
     edit: Edit
@@ -99,6 +100,7 @@ class EditRow:
     source: Image.Image
     pictures: Mapping[str, Picture]
     metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    expected: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import base64
 import functools
 import hashlib
 import io
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _LARGE_PIXELS = 1024  # of the longer side: made smaller and compressed from her
 _PNG_BUDGET_BYTES = 3_000_000  # of all pictures; above it only tiny ones stay lossless
 _QUALITY = 90
 _SHOWN_DETAILS = 5
+_SHOWN_FAILURES = 6
 # Between a number and its unit.
 _GAP = "\N{NO-BREAK SPACE}"
 
@@ -88,7 +90,7 @@ def _view(report: Report) -> dict[str, Any]:
         "formula": _formula(report),
         "passed": not failed,
         "verdict": f"{failed} of {total} checks failed" if failed else f"All {total} checks passed",
-        "failures": [_failure(check) for check in report.failed if check.edit is None],
+        "failures": _failures(report),
         "facts": _facts(report),
         "edits": [_edit(report, index, row, embed) for index, row in enumerate(report.rows)],
         "checks": _checks(report.checks),
@@ -101,9 +103,11 @@ def _view(report: Report) -> dict[str, Any]:
 
 def _formula(report: Report) -> str:
     """Return the merge in one line, e.g. `target + 0.5 × (distilled − base)`."""
-    models = report.recipe.get("models") or {}
+    models = report.recipe.get("models")
+    if not isinstance(models, dict) or not isinstance(models.get("distilled"), list):
+        return ""
     target, base = _model_name(models.get("target")), _model_name(models.get("base"))
-    names = [_model_name(model) for model in models.get("distilled") or []]
+    names = [_model_name(model) for model in models["distilled"]]
     if not target or not all(names) or not names:
         return ""
     distilled = names[0] if len(names) == 1 else f"({' + '.join(names)})"
@@ -137,23 +141,9 @@ def _facts(report: Report) -> list[dict[str, str]]:
 def _edit(report: Report, index: int, row: EditRow, embed: _Embedder) -> dict[str, Any]:
     merged = row.pictures["merged"]
     width, height = row.source.size
-    source = {"uri": embed(row.source), "width": width, "height": height}
+    source = embed(row.source)
     captions = (row.edit.before_caption, row.edit.after_caption)
     uris = {kind: embed(picture.image) for kind, picture in row.pictures.items()}
-    strip = []
-    if len(row.pictures) > 1:
-        strip = [
-            {
-                "uri": source["uri"],
-                "name": "Source",
-                "note": f"{width}{_GAP}×{_GAP}{height}{_GAP}px",
-            }
-        ]
-        strip += [
-            {"uri": uris[kind], "name": f"{_kind_name(kind)}, {_steps(picture)}", "note": cost}
-            for kind, picture in row.pictures.items()
-            for cost in [f"{picture.unet_rows} UNet rows, {_seconds(picture.seconds)}"]
-        ]
     return {
         "image": row.edit.image_name,
         "instruction": row.edit.instruction,
@@ -166,7 +156,7 @@ def _edit(report: Report, index: int, row: EditRow, embed: _Embedder) -> dict[st
         ],
         "captions": captions if all(captions) else None,
         "failures": [_failure(check) for check in report.failed if check.edit == index],
-        "source": source,
+        "source": {"uri": source, "width": width, "height": height},
         "merged": {"uri": uris["merged"]},
         "tiny": max(width, height) <= _TINY_PIXELS,
         "columns": [
@@ -174,8 +164,25 @@ def _edit(report: Report, index: int, row: EditRow, embed: _Embedder) -> dict[st
             for kind, picture in row.pictures.items()
         ],
         "measures": _measures(row),
-        "strip": strip,
+        "strip": _strip(row, source, uris, embed),
     }
+
+
+def _strip(
+    row: EditRow, source: str, uris: Mapping[str, str], embed: _Embedder
+) -> list[dict[str, str]]:
+    """Return the pictures to see side by side; none where there are but source and result."""
+    if len(row.pictures) == 1 and row.expected is None:
+        return []
+    figures = {"source": {"uri": source, "name": "Source", "note": ""}}
+    for kind, picture in row.pictures.items():
+        name = f"{_kind_name(kind)}, {_steps(picture)}"
+        note = f"{picture.unet_rows}{_GAP}UNet{_GAP}rows, {_seconds(picture.seconds)}"
+        figures[kind] = {"uri": uris[kind], "name": name, "note": note}
+    if row.expected is not None:
+        figures["expected"] = {"uri": embed(row.expected), "name": "Expected", "note": ""}
+    order = ("source", "merged", "expected", "target", "target_few")
+    return [figures[kind] for kind in order if kind in figures]
 
 
 def _measures(row: EditRow) -> list[dict[str, Any]]:
@@ -237,6 +244,15 @@ def _limit(kind: CheckKind, check: Check) -> str:
     return f"{'≥' if kind.at_least else '≤'} {_number(check.limit)}"
 
 
+def _failures(report: Report) -> list[str]:
+    lines = []
+    for check in report.failed:
+        instruction = "" if check.edit is None else report.rows[check.edit].edit.instruction
+        lines.append(f"{instruction + ' – ' if instruction else ''}{_failure(check)}")
+    hidden = len(lines) - _SHOWN_FAILURES
+    return [*lines[:_SHOWN_FAILURES], *([f"and {hidden} more"] if hidden > 0 else [])]
+
+
 def _failure(check: Check) -> str:
     kind = CHECKS[check.name]
     text = f"{kind.title}: measured {_number(check.value)}, limit {_limit(kind, check)}."
@@ -266,7 +282,10 @@ def _count(value: int) -> str:
     return str(value)
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        # A lock is a file that anybody can write to.
+        return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}".replace("-", "−")
     return f"{value:.3g}".replace("-", "−")
@@ -283,7 +302,11 @@ class _Embedder:
         pictures = [
             image
             for row in rows
-            for image in (row.source, *(picture.image for picture in row.pictures.values()))
+            for image in (
+                row.source,
+                *(picture.image for picture in row.pictures.values()),
+                *([row.expected] if row.expected is not None else []),
+            )
         ]
         self._lossless = sum(map(_png_size_bytes, pictures)) <= _PNG_BUDGET_BYTES
 

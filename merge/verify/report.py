@@ -22,7 +22,7 @@ PAGE_NAME = "report.html"
 IMAGES_NAME = "images"
 REPORT_VERSION = 1
 # Only what is named like this is taken for an older report's and removed.
-_IMAGE_NAME = re.compile(r"\d{2,}-\d+-(source|merged|target|target_few)\.png", re.ASCII)
+_IMAGE_NAME = re.compile(r"\d{2,}-\d+-(source|merged|expected|target|target_few)\.png", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,10 @@ def write_report(folder: Path, report: Report, page: str) -> Path:
 
 def image_names(index: int, row: EditRow) -> dict[str, str]:
     """Return kind of picture to its file, relative to the folder."""
+    expected = ("expected",) if row.expected is not None else ()
     return {
         kind: f"{IMAGES_NAME}/{index:02d}-{row.seed}-{kind}.png"
-        for kind in ("source", *row.pictures)
+        for kind in ("source", *row.pictures, *expected)
     }
 
 
@@ -198,16 +199,18 @@ def _row_tree(index: int, row: EditRow) -> dict[str, Any]:
 
 
 def _write_image(path: Path, row: EditRow, kind: str) -> None:
-    if kind == "source":
-        temporary = _temporary(path)
-        try:
-            row.source.save(temporary, format="PNG")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    else:
+    if kind in row.pictures:
         picture = row.pictures[kind]
         save_png(picture.image, path, picture.settings, row.edit.instruction)
+        return
+    image = row.source if kind == "source" else row.expected
+    assert image is not None
+    temporary = _temporary(path)
+    try:
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _replace(path: Path, data: bytes) -> None:
