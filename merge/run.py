@@ -371,6 +371,9 @@ def _run_child(command: list[str]) -> None:
             message = line.removeprefix("error: ")
         elif line.startswith("hint: "):
             hint = line.removeprefix("hint: ")
+        elif line.startswith("  ") and message != "the closing edit failed":
+            # One line for each check that failed.
+            message += f"\n{line}"
     if child.returncode == VerificationError.exit_code:
         raise VerificationError(message, hint=hint)
     if message == "the closing edit failed" and lines:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -204,13 +205,13 @@ def test_a_nan_weight_fails_on_the_command_line(export: Path, tmp_path: Path) ->
     child = subprocess.run([sys.executable, "-m", "merge", *words], capture_output=True, text=True)
     assert child.returncode == 9, child.stderr
     assert child.stdout == ""
-    line, hint = child.stderr.splitlines()
-    assert (
-        "weights_finite is 2 and must be at most 0 (mid_block.resnets.0.conv1.weight (2))" in line
-    )
-    assert "files_as_recorded is 1 and must be at most 0 (unet/diff" in line
-    assert "latents_finite of edit 0 is 256 and must be at most 0" in line
-    assert "picture_finite of edit 0 is 12288 and must be at most 0" in line
+    first, *lines, hint = child.stderr.splitlines()
+    assert first == f"error: the merged model in {export} fails {len(lines)} of 8 checks:"
+    key = "mid_block.resnets.0.conv1.weight"
+    assert f"  weights_finite is 2 and must be at most 0 ({key} (2))" in lines
+    assert "  latents_finite of edit 0 is 256 and must be at most 0" in lines
+    assert "  picture_finite of edit 0 is 12288 and must be at most 0" in lines
+    assert lines[0].startswith("  files_as_recorded is 1 and must be at most 0 (unet/diff")
     assert hint.startswith("hint: ")
     report = read_report(export)
     assert report["passed"] is False
@@ -920,8 +921,8 @@ def test_run_fails_when_the_result_is_not_as_expected(
     path = write_recipe(tmp_path, tiny_sd15, edits=[edit])
     code, out, err = call(capsys, "run", path, "--out", tmp_path / "out", "--device", "cpu")
     assert (code, out) == (9, "")
-    assert "as_expected of edit 0 is 0." in err
-    assert "must be at most 0.1" in err
+    assert re.search(r"^error: .* fails 1 of 9 checks:\n  as_expected of edit 0 is 0\.\d+ ", err)
+    assert "must be at most 0.1\nhint: " in err
     assert read_report(tmp_path / "out")["passed"] is False
 
 

@@ -147,7 +147,7 @@ def most_changed(a: Values, b: Values) -> float:
 
 
 def describe_failures(checks: Sequence[Check]) -> str:
-    """Return each failed check with value and limit, in one line."""
+    """Return each failed check with value and limit, one line each."""
     lines = []
     for check in checks:
         if check.passed:
@@ -156,10 +156,10 @@ def describe_failures(checks: Sequence[Check]) -> str:
         word = "at least" if CHECKS[check.name].at_least else "at most"
         detail = f" ({', '.join(check.detail[:3])}{', ...' * (len(check.detail) > 3)})"
         lines.append(
-            f"{check.name}{where} is {check.value:g} and must be {word} {check.limit:g}"
+            f"  {check.name}{where} is {check.value:g} and must be {word} {check.limit:g}"
             f"{detail if check.detail else ''}"
         )
-    return "; ".join(lines)
+    return "\n".join(lines)
 
 
 def _non_finite(values: Values) -> int:

@@ -110,7 +110,7 @@ def verify_folder(
     path = write_report(job.folder, report, render_page(report))
     if report.failed:
         raise VerificationError(
-            f"the merged model in {folder} fails {len(report.failed)} of {len(checks)} checks: "
+            f"the merged model in {folder} fails {len(report.failed)} of {len(checks)} checks:\n"
             f"{describe_failures(checks)}",
             hint=f"see {path.with_name(PAGE_NAME)} and {job.folder / IMAGES_NAME}; a smaller "
             "weight may help",
