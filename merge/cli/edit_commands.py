@@ -31,6 +31,8 @@ from merge.cli.output import (
 from merge.errors import ImageError, MergeError, OutputError, VerificationError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from merge.editor import Editor, EditRequest, EditResult, EditSettings
 
 _LOG = logging.getLogger("merge.cli")
@@ -181,13 +183,12 @@ def edit_command(
     from merge.editor import EditSettings, load_editor, load_image
 
     settings = EditSettings(seed=seeds[0], **options)
-    if image is not None:
-        # A wrong picture is said before the model is loaded.
-        load_image(image)
+    # A wrong picture is said before the model is loaded.
+    picture = load_image(image) if image is not None else None
     editor = load_editor(checkpoint, device=device, dtype=dtype)
     for line in editor.warnings_for(settings):
         _LOG.warning("%s", line)
-    work = _Work(editor, settings, instruction, targets, one=image is not None)
+    work = _Work(editor, settings, instruction, targets, picture)
     work.run(batch_size)
     work.report(as_json=as_json, last=targets[-1].output.parent if folder is not None else None)
 
@@ -219,14 +220,14 @@ class _Work:
         settings: EditSettings,
         instruction: str,
         targets: Sequence[Target],
-        *,
-        one: bool,
+        picture: Image | None,
     ) -> None:
         self.editor = editor
         self.settings = settings
         self.instruction = instruction
         self.targets = targets
-        self.one = one
+        # IMAGE, read already; None where there is a folder, whose pictures are read one by one.
+        self.picture = picture
         self.pending: deque[Target] = deque()
         self.failures: dict[Path, MergeError] = {}
         self.rows: list[dict[str, Any]] = []
@@ -262,7 +263,7 @@ class _Work:
         resolution = self.settings.resolution or self.editor.default_resolution
         for path, targets in itertools.groupby(self.targets, lambda target: target.image):
             try:
-                picture = load_image(path)
+                picture = self.picture or load_image(path)
                 fit_size(picture.size, resolution, self.editor.size_multiple)
             except ImageError as error:
                 self.fail(path, error)
@@ -292,7 +293,7 @@ class _Work:
         self.rows.append(_describe(target, self.instruction, result))
 
     def fail(self, path: Path, error: MergeError) -> None:
-        if self.one:
+        if self.picture is not None:
             raise error
         if path not in self.failures:
             name = "" if str(path) in error.message else f"{path}: "
