@@ -103,7 +103,7 @@ def _timesteps(
     "--seed",
     "seeds",
     default=(0,),
-    show_default="0",
+    show_default=True,
     multiple=True,
     type=click.IntRange(0, 2**63 - 1),
     help="Of the noise; give it again for more pictures of each.",
