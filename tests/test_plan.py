@@ -235,6 +235,22 @@ def test_targets_that_are_no_epsilon_models_are_refused(
         plan_of(tmp_path)
 
 
+def test_a_recipe_may_say_that_all_its_models_predict_v(tiny_sd15: Path, tmp_path: Path) -> None:
+    target = copy_of(tiny_sd15 / "target", tmp_path / "target")
+    models = {
+        "base": str(tiny_sd15 / "base"),
+        "distilled": str(tiny_sd15 / "distilled"),
+        "target": "./target",
+    }
+    said: dict[str, Any] = {"config": {"prediction_type": "v_prediction"}}
+    write_recipe(tmp_path, models=models, scheduler=said)
+    with pytest.raises(PlanError, match="no v_prediction model: its scheduler predicts epsilon"):
+        plan_of(tmp_path)
+    path = target / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said["config"]))
+    assert plan_of(tmp_path).metadata["modelspec.prediction_type"] == "v"
+
+
 def copy_of(source: Path, target: Path) -> Path:
     import shutil
 

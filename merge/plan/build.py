@@ -34,6 +34,7 @@ _ARCHITECTURE_IDS = {
     "sd21": "stable-diffusion-v2-edit",
     "sdxl": "stable-diffusion-xl-v1-edit",
 }
+_PREDICTION_IDS = {"v_prediction": "v"}  # where ModelSpec's word is another than diffusers'
 
 
 def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
@@ -49,7 +50,7 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         CheckpointError: a weight file breaks its format.
         PlanError: keys, shapes, architectures or dtypes do not fit; all problems together.
     """
-    opened = open_sources(sources)
+    opened = open_sources(sources, _prediction_type(recipe))
     builder = _Builder(recipe, opened)
     builder.run()
     if builder.problems:
@@ -89,6 +90,7 @@ def _metadata(recipe: Recipe, opened: OpenedSources) -> dict[str, str]:
     base = [opened.base] if opened.base is not None else []
     parents = [opened.target, *base, *opened.distilled]
     size = recipe.verify.resolution
+    predicts = _prediction_type(recipe)
     return {
         "format": "pt",
         DIGEST_KEY: DIGEST_PLACEHOLDER,
@@ -97,9 +99,13 @@ def _metadata(recipe: Recipe, opened: OpenedSources) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": recipe.name,
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": _PREDICTION_IDS.get(predicts, predicts),
         "modelspec.merged_from": ",".join(parent.model.label for parent in parents),
     }
+
+
+def _prediction_type(recipe: Recipe) -> str:
+    return str(recipe.scheduler.config.get("prediction_type", "epsilon"))
 
 
 @dataclass

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from merge.errors import PlanError
 from merge.keymap import EDM_MARKERS, LDM_UNET_PREFIX, UNetArchitecture, detect_unet
@@ -42,8 +41,13 @@ class OpenedSources:
     distilled: tuple[Opened, ...]
 
 
-def open_sources(sources: Sources) -> OpenedSources:
+def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSources:
     """Read every header and refuse what cannot be merged, with the reason.
+
+    Args:
+        sources: The models.
+        prediction_type: What all of them predict, as the recipe says. UNet folders and LoRAs do
+            not tell, and nearly all few-step distillations predict epsilon.
 
     Raises:
         CheckpointError: a file breaks its format.
@@ -59,7 +63,7 @@ def open_sources(sources: Sources) -> OpenedSources:
         *_check_kinds(result),
         *_check_roles(result),
         *_check_families(result),
-        *_check_predictions(result),
+        *_check_predictions(result, prediction_type),
     ]
     if problems:
         raise PlanError("these models cannot be merged:", problems)
@@ -153,26 +157,27 @@ def _check_families(sources: OpenedSources) -> list[str]:
     return problems
 
 
-def _check_predictions(sources: OpenedSources) -> list[str]:
+def _check_predictions(sources: OpenedSources, prediction_type: str) -> list[str]:
     problems = []
     for opened in _all(sources):
-        reason = _not_epsilon(opened.model.scheduler)
-        if reason:
+        scheduler = opened.model.scheduler
+        if scheduler is None:
+            continue
+        name = str(scheduler.get("_class_name", ""))
+        predicts = scheduler.get("prediction_type", "epsilon")
+        label = f"{opened.role} ({opened.model.label})"
+        if name.startswith("EDM"):
             problems.append(
-                f"{opened.role} ({opened.model.label}) is no epsilon model: {reason}; "
+                f"{label} is no {prediction_type} model: its scheduler is {name}; "
                 "LCM and Turbo deltas belong to epsilon models"
             )
+        elif predicts != prediction_type:
+            problems.append(
+                f"{label} is no {prediction_type} model: its scheduler predicts {predicts}; LCM "
+                "and Turbo deltas belong to epsilon models, and one that was distilled from such "
+                f"a model needs scheduler.config.prediction_type={predicts}"
+            )
     return problems
-
-
-def _not_epsilon(scheduler: Mapping[str, Any] | None) -> str:
-    if scheduler is None:
-        return ""
-    name = str(scheduler.get("_class_name", ""))
-    if name.startswith("EDM"):
-        return f"its scheduler is {name}"
-    prediction = scheduler.get("prediction_type", "epsilon")
-    return "" if prediction == "epsilon" else f"its scheduler predicts {prediction}"
 
 
 def describe_roles(sources: OpenedSources) -> Sequence[str]:
