@@ -42,7 +42,7 @@ BUDGETS = {
     "vae": Budget(2_000, 2e-3),
     "base": Budget(6_000, 1e-3),
     "target": Budget(4_500, 4e-4),
-    "distilled": Budget(2_000, 2e-4),
+    "distilled": Budget(2_500, 4e-4),
     "lora": Budget(600, 5e-4),
 }
 
