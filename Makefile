@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo style quality test test-slow bench gpu-check clean
+.PHONY: help setup setup-dev demo demo-models style quality test test-slow bench gpu-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,10 +32,18 @@ setup: $(VENV)/.setup  ## Make .venv and install the package
 
 setup-dev: $(VENV)/.setup-dev  ## The same with what tests and checks need
 
-demo: $(VENV)/.setup  ## Make small models, merge them, edit a picture, print the folder
-	@test -f recipes/demo/sd15/target/model_index.json \
-		|| $(PY) scripts/make_tiny.py recipes/demo --arch sd15
-	$(BIN)/instruct-merge run demo --out outputs/demo --overwrite
+demo: $(VENV)/.setup  ## Merge the small models that come along, edit with them, print the folder
+	@$(BIN)/instruct-merge run demo --out outputs/demo --overwrite --no-verify >/dev/null
+	@$(BIN)/instruct-merge verify outputs/demo --compare recipes/demo/target \
+		--compare-guidance-scale 1.5 --compare-image-guidance-scale 1 >/dev/null
+	@$(PY) scripts/demo/evaluate.py --model outputs/demo --count 100 --at-least 0.65
+	@echo outputs/demo
+
+demo-models: $(VENV)/.setup  ## Train the demo's models again, over an hour on two cores
+	$(PY) -m pip install --quiet --editable '.[plot]'
+	$(PY) scripts/demo/train.py --processes 2
+	$(PY) scripts/demo/export.py
+	$(PY) scripts/demo/evaluate.py
 
 style: $(VENV)/.setup-dev  ## Format the code and mend what ruff can
 	$(BIN)/ruff format .
@@ -63,5 +71,5 @@ gpu-check:  ## Every test and benchmark that needs a CUDA device
 	$(PY) scripts/bench/edit.py --device cuda --dtype float16 --width 320 --size 512
 
 clean:  ## Remove what the other targets made, .venv excepted
-	rm -rf outputs recipes/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

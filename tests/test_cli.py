@@ -98,7 +98,14 @@ def test_recipes_are_listed_printed_and_copied(
     code, out, _ = call(capsys, "recipes")
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()]
-    assert set(names) == {"demo", "sd15-lcm-lora", "sdxl-turbo", "sdxl-lcm", "sdxl-lcm-lora"}
+    assert set(names) == {
+        "demo",
+        "demo-lora",
+        "sd15-lcm-lora",
+        "sdxl-turbo",
+        "sdxl-lcm",
+        "sdxl-lcm-lora",
+    }
     assert [item["name"] for item in json.loads(call(capsys, "recipes", "--json")[1])] == names
     _, text, _ = call(capsys, "recipes", "sdxl-turbo")
     assert yaml.safe_load(text)["weight"] == 0.5

@@ -4,6 +4,11 @@ Latent consistency distillation: the student, one step of the teacher's DDIM fur
 say the same picture. Guidance scales of the teacher are drawn and the student is not told, as for
 LCM-LoRA, so it needs no guidance embedding.
 
+As in the base's training, half of the pictures come with some of their tiles in the four extra
+channels, and the rate is small. Without both, the delta bends what only editing uses: distilled
+from text alone at 4e-4 (13 % of the base's norm), the merge at weight 1 got 30 % of edits right in
+4 steps, where the unmerged target had 69 %.
+
 Source: Luo et al. 2023, "Latent Consistency Models" (arXiv:2310.04378), algorithm 1.
 """
 
@@ -18,13 +23,16 @@ import torch
 from checks import Check
 from training import (
     EMPTY,
+    POOL,
     Noise,
     Optimizer,
     Run,
     draw_text_to_image,
+    draw_tile_mask,
     load_pool,
     load_text,
     load_vae,
+    relative_norm,
 )
 
 LORA_RANK = 16
@@ -50,7 +58,7 @@ class Student:
 
 def train_distilled(run: Run) -> None:
     """Distil the base with every weight free."""
-    base = models.cut_image_channels(run.load("base")["unet"])
+    base = run.load("base")["unet"]
     names = list(base)
 
     def build(values: list[torch.Tensor]) -> State:
@@ -58,12 +66,12 @@ def train_distilled(run: Run) -> None:
 
     student = Student([base[name].clone().requires_grad_() for name in names], build)
     weights = _distil(run, "distilled", student)
-    run.save("distilled", {"unet": build(weights)})
+    run.save("distilled", {"unet": models.cut_image_channels(build(weights))})
 
 
 def train_lora(run: Run) -> None:
     """Distil the base into a LoRA, from the truncated SVD of the full distillation's delta."""
-    base = models.cut_image_channels(run.load("base")["unet"])
+    base = run.load("base")["unet"]
     full = run.load("distilled")["unet"]
     keys = [key for key in base if key.endswith(".weight") and base[key].ndim > 1]
     # As in LCM-LoRA: a target's first convolution has another shape.
@@ -88,11 +96,12 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
     budget = run.budget(stage)
     vae, scale = load_vae(run)
     text_encoder, tokenizer = load_text(run)
-    teacher = models.make_unet(4).to(run.device).requires_grad_(False)
-    teacher.load_state_dict(models.cut_image_channels(run.load("base")["unet"]))
+    teacher = models.make_unet(8).to(run.device).requires_grad_(False)
+    teacher.load_state_dict(run.load("base")["unet"])
     shell = copy.deepcopy(teacher)
     optimizer = Optimizer(student.weights, budget, ema=0.99)
-    pool = load_pool(run)
+    # A share of the data is enough: the teacher, not the pictures, says what is right.
+    pool = load_pool(run, count=POOL // 4)
     noise = Noise(run.device)
     check = Check(run, vae, scale)
     generator = run.generator(20)
@@ -100,9 +109,14 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
         context = text_encoder(pool.texts)[0]
 
     def predict(
-        values: list[torch.Tensor], xt: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+        values: list[torch.Tensor],
+        xt: torch.Tensor,
+        hint: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
     ) -> torch.Tensor:
-        v = torch.func.functional_call(shell, student.build(values), (xt, t, text)).sample
+        inputs = (torch.cat([xt, hint], 1), t, text)
+        v = torch.func.functional_call(shell, student.build(values), inputs).sample
         x, _ = noise.split(xt, v, t)
         s = (t * _TIMESTEP_SCALING).view(-1, 1, 1, 1)
         root = (s**2 + _SIGMA_DATA**2).sqrt()
@@ -112,6 +126,7 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
         mean = 0.0
         for step in range(budget.steps):
             clean, rows = draw_text_to_image(pool, run.batch, generator)
+            hint = clean * draw_tile_mask(run.batch, generator).to(run.device)
             text = context[rows]
             index = torch.randint(_STEPS, (run.batch,), generator=generator)
             low, high = _GUIDANCE
@@ -122,14 +137,15 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
             xt, _ = noise.add(clean * pool.scale, fresh, t)
             with torch.no_grad():
                 both = torch.cat([text, context[EMPTY].expand_as(text)])
-                v, plain = teacher(xt.repeat(2, 1, 1, 1), t.repeat(2), both).sample.chunk(2)
+                seen = torch.cat([xt, hint], 1).repeat(2, 1, 1, 1)
+                v, plain = teacher(seen, t.repeat(2), both).sample.chunk(2)
                 v = plain + guidance.to(run.device) * (v - plain)
                 x, eps = noise.split(xt, v, t)
                 a, s = noise.at(before)
-                goal = predict(optimizer.average, a * x + s * eps, before, text)
+                goal = predict(optimizer.average, a * x + s * eps, hint, before, text)
                 # The last step of DDIM ends in the picture itself.
                 goal = torch.where((index == 0).to(run.device).view(-1, 1, 1, 1), x, goal)
-            error = predict(student.weights, xt, t, text) - goal
+            error = predict(student.weights, xt, hint, t, text) - goal
             loss = ((error.square() + 1e-6).sqrt() - 1e-3).mean()  # pseudo-Huber
             optimizer.step(loss, step)
             mean += loss.item() / 100
@@ -137,10 +153,10 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
                 values = {"loss": mean}
                 mean = 0.0
                 if (step + 1) % 500 == 0 and run.rank == 0:
-                    shell_now = copy.deepcopy(teacher)
-                    shell_now.load_state_dict(
-                        shell_now.state_dict() | student.build(optimizer.average)
-                    )
-                    values |= check.few_steps(shell_now, text_encoder, tokenizer)
+                    state = teacher.state_dict() | student.build(optimizer.average)
+                    small = models.make_unet(4).to(run.device)
+                    small.load_state_dict(models.cut_image_channels(state))
+                    values |= check.few_steps(small, text_encoder, tokenizer)
+                    values["drift"] = relative_norm(state, teacher.state_dict())
                 curve.add(step + 1, **values)
     return [average.detach() for average in optimizer.average]

@@ -62,6 +62,22 @@ def write_lora(
     path.write_bytes(save(cast, metadata={"format": "pt"}))
 
 
+def write_card(out: Path) -> None:
+    """Say what the folder is."""
+    (out / "README.md").write_text(
+        """---
+license: apache-2.0
+library_name: diffusers
+---
+
+Small models that the recipes `demo` and `demo-lora` merge: `base` (text-to-image), `distilled` and
+`lcm_lora.safetensors` (few-step versions of it) and `target` (InstructPix2Pix), float16, for
+pictures of 32 px. Trained from nothing on drawn pictures by `scripts/demo/train.py`.
+""",
+        encoding="utf-8",
+    )
+
+
 def write_pictures(out: Path) -> None:
     """Write pictures to edit, and for closed edits the right answer."""
     edits = world.sample_edits(np.random.default_rng(_EXAMPLES_SEED), 4000)
@@ -96,6 +112,7 @@ def main() -> None:
     run: Any = Run(arguments.work, "cpu")
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_models(run, arguments.out)
+    write_card(arguments.out)
     write_pictures(arguments.out)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(f"{arguments.out}: {size / 1e6:.1f} MB")

@@ -8,7 +8,17 @@ from dataclasses import asdict
 
 import numpy as np
 import world
-from evaluate import _TEST_SEED, GUIDANCE, HERE, WEIGHTS, Result, Setting, difference, interval
+from evaluate import (
+    _TEST_SEED,
+    GUIDANCE,
+    HERE,
+    WEIGHT,
+    WEIGHTS,
+    Result,
+    Setting,
+    difference,
+    interval,
+)
 
 _NAMES = {
     "target": "target, unmerged",
@@ -73,7 +83,7 @@ def _main_table(rows: dict[Setting, Result], is_open: np.ndarray, count: int) ->
         "|---|---|---|---|---|---|---|---|",
     ]
     for setting, result in rows.items():
-        if setting.weight not in (None, 1.0) or setting.channel_rule != "skip":
+        if setting.weight not in (None, WEIGHT) or setting.channel_rule != "skip":
             continue
         right = np.array(result.right)
         low, high = interval(int(right.sum()), count)
@@ -87,25 +97,32 @@ def _main_table(rows: dict[Setting, Result], is_open: np.ndarray, count: int) ->
 
 
 def _gains(rows: dict[Setting, Result]) -> list[str]:
-    lines = ["Merged (full delta, weight 1) against unmerged, paired over the edits:", ""]
+    lines = [f"Merged (full delta, weight {WEIGHT:g}) against unmerged, paired over the edits:", ""]
     for steps in (4, 2, 1):
-        gain, half = difference(rows[Setting("demo", steps, 1.0)], rows[Setting("target", steps)])
+        gain, half = difference(
+            rows[Setting("demo", steps, WEIGHT)], rows[Setting("target", steps)]
+        )
         lines.append(
             f"* {steps} step{'s' * (steps > 1)}: {100 * gain:+.1f} ± {100 * half:.1f} points"
         )
     return lines
 
 
+def _at_weight(rows: dict[Setting, Result], steps: int, weight: float, rule: str = "skip") -> int:
+    """Return the number of right edits; a weight of zero is the target itself."""
+    if weight == 0:
+        return sum(rows[Setting("target", steps)].right)
+    return sum(rows[Setting("demo", steps, weight, rule)].right)
+
+
 def _weight_table(rows: dict[Setting, Result], count: int) -> list[str]:
-    lines = ["| weight | skip, 4 steps | first, 4 steps | skip, 2 steps | first, 2 steps |"]
-    lines.append("|---|---|---|---|---|")
-    for weight in WEIGHTS:
+    lines = ["| weight | skip, 4 steps | first, 4 steps | skip, 2 steps |", "|---|---|---|---|"]
+    for weight in (0.0, *WEIGHTS):
         cells = []
-        for steps in (4, 2):
-            for rule in ("skip", "first"):
-                right = sum(rows[Setting("demo", steps, weight, rule)].right)
-                low, high = interval(right, count)
-                cells.append(f"{right / count:.1%} ({low:.0%} to {high:.0%})")
+        for steps, rule in ((4, "skip"), (4, "first"), (2, "skip")):
+            right = _at_weight(rows, steps, weight, rule)
+            low, high = interval(right, count)
+            cells.append(f"{right / count:.1%} ({low:.0%} to {high:.0%})")
         lines.append(f"| {weight:g} | {' | '.join(cells)} |")
     return lines
 
@@ -114,20 +131,25 @@ def _plot(rows: dict[Setting, Result], count: int) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
+    weights = (0.0, *WEIGHTS)
     figure, axes = pyplot.subplots(figsize=(7, 3.8), dpi=130)
-    for steps, colour in ((4, "#2563a8"), (2, "#d97706")):
-        for rule, style in (("skip", "-"), ("first", ":")):
-            shares = [sum(rows[Setting("demo", steps, w, rule)].right) / count for w in WEIGHTS]
-            bounds = np.array([interval(round(share * count), count) for share in shares]).T
-            label = f"{steps} steps, channel rule {rule}"
-            axes.plot(WEIGHTS, shares, style, color=colour, marker="o", ms=4, label=label)
-            axes.fill_between(WEIGHTS, *bounds, color=colour, alpha=0.12, lw=0)
-    own = rows[Setting("target", 50, scheduler="own")]
-    axes.axhline(sum(own.right) / count, color="#777", lw=1, ls="--", label="target, 50 DDIM steps")
+    for steps, rule, colour, style in (
+        (4, "skip", "#2563a8", "-"),
+        (4, "first", "#2563a8", ":"),
+        (2, "skip", "#d97706", "-"),
+    ):
+        right = [_at_weight(rows, steps, weight, rule) for weight in weights]
+        bounds = np.array([interval(n, count) for n in right]).T
+        shares = np.array(right) / count
+        label = f"merged, {steps} steps, channel rule {rule}"
+        axes.plot(weights, shares, style, color=colour, marker="o", ms=4, label=label)
+        axes.fill_between(weights, *bounds, color=colour, alpha=0.12, lw=0)
+    own = sum(rows[Setting("target", 50, scheduler="own")].right) / count
+    axes.axhline(own, color="#777", lw=1, ls="--", label="target, 50 DDIM steps")
     axes.set(xlabel="weight of the delta (0: unmerged)", ylabel="right edits", ylim=(0, 1))
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -4,14 +4,14 @@
     python scripts/demo/train.py --stage target                # one, its parents must be there
     python scripts/demo/train.py --fraction 0.01 --work work   # the whole chain in a minute
 
-Stages: vae, base, target, distilled, lora. A finished stage is kept in the work folder and not
-run again, so an interrupted run goes on where it stopped. export.py then writes recipes/demo.
+Stages: vae, base, target, distilled, lora. A finished stage is kept in the work folder
+and not run again, so an interrupted run goes on where it stopped. export.py then writes
+recipes/demo.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -128,8 +128,8 @@ def train_target(run: Run) -> None:
     vae, scale = load_vae(run)
     text_encoder, tokenizer = load_text(run)
     unet = models.make_unet(8).to(run.device)
-    unet.load_state_dict(run.load("base")["unet"])
-    start = copy.deepcopy(unet.state_dict())
+    start = run.load("base")["unet"]
+    unet.load_state_dict(start)
     optimizer = Optimizer(list(unet.parameters()), budget)
     pool = load_pool(run)
     noise = Noise(run.device)

@@ -42,8 +42,8 @@ BUDGETS = {
     "vae": Budget(2_000, 2e-3),
     "base": Budget(6_000, 1e-3),
     "target": Budget(4_500, 4e-4),
-    "distilled": Budget(2_500, 4e-4),
-    "lora": Budget(600, 5e-4),
+    "distilled": Budget(1_000, 1.5e-4),
+    "lora": Budget(150, 2e-4),
 }
 
 
@@ -222,11 +222,11 @@ def load_text(run: Run):
     return text_encoder.eval().requires_grad_(False), tokenizer
 
 
-def load_pool(run: Run) -> data.Pool:
+def load_pool(run: Run, count: int = POOL) -> data.Pool:
     """Draw the training edits."""
     vae, scale = load_vae(run)
     tokenizer = models.make_tokenizer(run.work / "tokenizer")
-    return data.make_pool(vae, tokenizer, scale, TRAINING_SEED, max(200, int(POOL * run.fraction)))
+    return data.make_pool(vae, tokenizer, scale, TRAINING_SEED, max(200, int(count * run.fraction)))
 
 
 def draw_text_to_image(

@@ -1,0 +1,180 @@
+"""The demo: its world scores exactly, its script trains, its committed models edit right."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "scripts" / "demo"
+MODELS = ROOT / "recipes" / "demo"
+
+
+@pytest.fixture(scope="module")
+def world() -> ModuleType:
+    sys.path.insert(0, str(DEMO))
+    try:
+        return importlib.import_module("world")
+    finally:
+        sys.path.remove(str(DEMO))
+
+
+def distinct_ids(in_ground: bool) -> range:
+    return range(8 if in_ground else 6)
+
+
+def test_no_tile_can_pass_for_another(world: ModuleType) -> None:
+    for part in (0, 1):
+        for theme in range(3):
+            tiles = world.TILES[part][theme]
+            for i in distinct_ids(part == 1):
+                for j in range(i):
+                    distance = np.sqrt(np.square(tiles[i] - tiles[j]).mean())
+                    assert distance > 2 * world.RIGHT_BELOW, (part, theme, i, j)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1))
+def test_every_drawn_outcome_is_right_and_no_source_is(world: ModuleType, seed: int) -> None:
+    edits = world.sample_edits(np.random.default_rng(seed), 64)
+    right = world.score(edits, world.render(edits.outcome))
+    assert right.is_right.all()
+    assert right.distance.max() == 0
+    assert not world.score(edits, world.render(edits.source)).is_right.any()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.integers(0, 3))
+def test_one_wrong_tile_makes_an_edit_wrong(
+    world: ModuleType, seed: int, row: int, column: int
+) -> None:
+    edits = world.sample_edits(np.random.default_rng(seed), 32)
+    tiles = edits.outcome.tiles.copy()
+    count = 6 if row < 2 else 8
+    tiles[:, row, column] = (tiles[:, row, column] + 1) % count
+    changed = world.Scenes(edits.outcome.sky, edits.outcome.ground, tiles)
+    allowed = np.take_along_axis(edits.valid[:, row, column], tiles[:, row, column, None], 1)[:, 0]
+    scores = world.score(edits, world.render(changed))
+    # Still right only where the instruction allows the other sprite and something changed.
+    assert not scores.is_right[~allowed].any()
+    differs = (tiles != edits.source.tiles).any((1, 2)) | ~edits.is_open
+    np.testing.assert_array_equal(scores.is_right, allowed & differs)
+
+
+def test_the_distance_is_the_smallest_over_all_right_answers(world: ModuleType) -> None:
+    """Against brute force over the product of what every tile may be."""
+    import itertools
+
+    rng = np.random.default_rng(0)
+    edits = world.sample_edits(rng, 400)
+    few = [i for i in range(400) if edits.is_open[i] and edits.valid[i].sum(-1).prod() <= 256]
+    assert len(few) > 20
+    for i in few[:20]:
+        one = world.Edits(
+            edits.source[[i]],
+            edits.outcome[[i]],
+            [edits.instructions[i]],
+            edits.is_open[[i]],
+            edits.valid[[i]],
+        )
+        picture = rng.random((1, 32, 32, 3), dtype=np.float32)
+        choices = [np.flatnonzero(edits.valid[i, r, c]) for r in range(4) for c in range(4)]
+        tiles = np.array(list(itertools.product(*choices))).reshape(-1, 4, 4)
+        count = len(tiles)
+        every = world.Scenes(
+            np.repeat(one.outcome.sky, count), np.repeat(one.outcome.ground, count), tiles
+        )
+        gaps = np.sqrt(np.square(world.render(every) - picture).mean((1, 2, 3)))
+        assert world.score(one, picture).distance[0] == pytest.approx(gaps.min(), rel=1e-5)
+
+
+def test_a_blur_of_two_right_answers_is_wrong(world: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    edits = world.sample_edits(rng, 200)
+    blur = (world.render(edits.outcome) + world.render(edits.source)) / 2
+    assert not world.score(edits, blur).is_right.any()
+
+
+def test_captions_name_what_is_there(world: ModuleType) -> None:
+    tiles = np.zeros((1, 4, 4), dtype=np.int64)
+    tiles[0, 0, 1], tiles[0, 3, 2], tiles[0, 2, 0] = 5, 3, 7
+    scenes = world.Scenes(np.array([1]), np.array([2]), tiles)
+    assert world.caption(scenes) == ["night snow birds houses flowers"]
+
+
+def test_models_fit_the_repository_and_load_in_plain_diffusers() -> None:
+    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25e6
+    code = (
+        "import sys, torch, diffusers\n"
+        "p = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(sys.argv[1])\n"
+        "assert p.unet.config.in_channels == 8 and p.vae_scale_factor == 4\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-I", "-c", code, str(MODELS / "target")], check=True, env=environment
+    )
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-lora"])
+def test_the_merge_edits_right_in_four_steps(name: str, tmp_path: Path) -> None:
+    out = tmp_path / name
+    run = subprocess.run(
+        [sys.executable, "-m", "merge", "run", name, "--out", str(out), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == str(out)
+    assert count_right(out) > max(count_right(MODELS / "target"), 130)
+
+
+def count_right(model: Path) -> int:
+    """Count the edits among 200 unseen ones that a checkpoint gets right in four steps."""
+    run = subprocess.run(
+        [sys.executable, DEMO / "evaluate.py", "--model", model, "--count", "200"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout.split(" of 200 ")[0])
+
+
+def test_a_share_below_the_limit_fails() -> None:
+    command = [sys.executable, DEMO / "evaluate.py", "--model", MODELS / "target"]
+    run = subprocess.run([*command, "--count", "10", "--at-least", "1.01"], capture_output=True)
+    assert run.returncode == 9
+
+
+def test_the_recipes_edit_the_same_pictures() -> None:
+    full, lora = load_recipe("demo"), load_recipe("demo-lora")
+    assert full.verify == lora.verify
+    assert full.models.target == lora.models.target
+    assert lora.models.base is None
+
+
+@pytest.mark.slow
+def test_the_whole_chain_trains(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "demo"
+    command = [sys.executable, DEMO / "train.py", "--fraction", "0.0008", "--work", work]
+    subprocess.run(command, check=True)
+    before = {path: path.stat().st_mtime_ns for path in work.glob("*.pt")}
+    stages = {"vae", "base", "target", "distilled", "lora"}
+    assert {path.stem for path in before} == stages
+    subprocess.run(command, check=True)  # finished stages are kept
+    assert before == {path: path.stat().st_mtime_ns for path in work.glob("*.pt")}
+    subprocess.run([sys.executable, DEMO / "export.py", "--work", work, "--out", out], check=True)
+    expected = {path.relative_to(MODELS) for path in MODELS.rglob("*") if path.is_file()}
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == expected
