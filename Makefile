@@ -34,7 +34,8 @@ setup-dev: $(VENV)/.setup-dev  ## The same with what tests and checks need
 
 demo: $(VENV)/.setup  ## Merge the small models that come along, edit with them, print the folder
 	@$(BIN)/instruct-merge run demo --out outputs/demo --overwrite --no-verify >/dev/null
-	@$(BIN)/instruct-merge verify outputs/demo --compare recipes/demo/target \
+	@$(BIN)/instruct-merge verify outputs/demo --edits recipes/demo/edits.yaml \
+		--compare recipes/demo/target \
 		--compare-guidance-scale 1.5 --compare-image-guidance-scale 1 >/dev/null
 	@$(PY) scripts/demo/evaluate.py --model outputs/demo --count 100 --at-least 0.65
 	@echo outputs/demo

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge.recipe import load_recipe
+from merge.verify import read_edits
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "scripts" / "demo"
@@ -163,6 +164,11 @@ def test_the_recipes_edit_the_same_pictures() -> None:
     assert full.verify == lora.verify
     assert full.models.target == lora.models.target
     assert lora.models.base is None
+    listed = read_edits(MODELS / "edits.yaml")
+    assert [(str(edit.image), edit.instruction) for edit in listed] == sorted(
+        ((edit.image, edit.instruction) for edit in full.verify.edits),
+        key=lambda pair: [edit.instruction for edit in listed].index(pair[1]),
+    )
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_every_command_runs(
         "distilled": "./demo/lcm_lora.safetensors",
     }
     tree["verify"]["resolution"] = 32
+    tree["scheduler"] = demo["scheduler"]
     hub.write_text(yaml.safe_dump(tree))
     monkeypatch.setattr(bundled, "bundled_folder", lambda: recipes)
     monkeypatch.chdir(tmp_path)

@@ -79,10 +79,13 @@ pictures of 32 px. Trained from nothing on drawn pictures by `scripts/demo/train
 
 
 def write_pictures(out: Path) -> None:
-    """Write pictures to edit, and for closed edits the right answer."""
+    """Write pictures to edit, the list of edits, and for closed edits the right answer."""
     edits = world.sample_edits(np.random.default_rng(_EXAMPLES_SEED), 4000)
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "# The edits of the demo's recipes: instruct-merge verify FOLDER --edits this-file"
+    ]
     before, after = world.render(edits.source), world.render(edits.outcome)
     for instruction in EXAMPLES:
         found = [i for i, text in enumerate(edits.instructions) if text == instruction]
@@ -90,8 +93,11 @@ def write_pictures(out: Path) -> None:
         best = max(found, key=lambda i: _variety(edits.source.tiles[i]))
         name = instruction.replace(" ", "-")
         _save(before[best], folder / f"{name}.png")
+        lines += [f"- image: pictures/{name}.png", f"  instruction: {instruction}"]
         if not edits.is_open[best]:
             _save(after[best], folder / f"{name}-right.png")
+            lines.append(f"  expected: [pictures/{name}-right.png]")
+    (out / "edits.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _variety(tiles: np.ndarray) -> tuple[int, int]:
