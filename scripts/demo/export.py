@@ -83,9 +83,7 @@ def write_pictures(out: Path) -> None:
     edits = world.sample_edits(np.random.default_rng(_EXAMPLES_SEED), 4000)
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "# The edits of the demo's recipes: instruct-merge verify FOLDER --edits this-file"
-    ]
+    lines = ["# The edits of the demo's recipes: instruct-merge verify FOLDER --edits this-file"]
     before, after = world.render(edits.source), world.render(edits.outcome)
     for instruction in EXAMPLES:
         found = [i for i, text in enumerate(edits.instructions) if text == instruction]
