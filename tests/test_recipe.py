@@ -1049,7 +1049,7 @@ def test_what_cannot_be_found_is_named(
 
 # -------------------------------------------------------------------------------------- bundled
 
-BUNDLED = sorted(bundled_folder().rglob("*.yaml"))
+BUNDLED = sorted(bundled_folder().glob("*.yaml"))
 
 
 def test_there_are_bundled_recipes() -> None:
