@@ -1,12 +1,12 @@
-"""Key names: which architecture a set of keys belongs to, and translations between spellings.
+"""Which architecture a set of UNet keys belongs to.
 
-Everything here is a table plus one function that checks it. Keys are those of diffusers'
-`UNet2DConditionModel`, e.g. `down_blocks.0.attentions.0.proj_in.weight`.
+Keys are those of diffusers' `UNet2DConditionModel`, e.g.
+`down_blocks.0.attentions.0.proj_in.weight`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 CONV_IN = "conv_in.weight"
@@ -14,7 +14,6 @@ CONV_IN = "conv_in.weight"
 GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"
 # Marker tensors of v-prediction EDM checkpoints such as cosxl_edit.
 EDM_MARKERS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
-LDM_UNET_PREFIX = "model.diffusion_model."
 
 _ARCHITECTURES = {
     "sd15": "Stable Diffusion 1.x",
@@ -70,29 +69,3 @@ def detect_unet(shapes: Mapping[str, tuple[int, ...]]) -> UNetArchitecture | Non
     else:
         family = "sd15"
     return UNetArchitecture(family, conv_in[1], context, GUIDANCE_EMBEDDING in shapes)
-
-
-def kohya_stems(keys: Iterable[str]) -> dict[str, str]:
-    """Map kohya's module names to the weights of a UNet.
-
-    Kohya writes `down_blocks.0.attentions.0.proj_in` as
-    `lora_unet_down_blocks_0_attentions_0_proj_in`, which cannot be undone without the keys.
-
-    Args:
-        keys: The UNet's keys; only those that end in `.weight` count.
-
-    Returns:
-        Module name to key, e.g. `lora_unet_conv_in` to `conv_in.weight`.
-
-    Raises:
-        ValueError: two keys give the same name, so the map would not be one-to-one.
-    """
-    stems: dict[str, str] = {}
-    for key in keys:
-        if not key.endswith(".weight"):
-            continue
-        stem = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
-        if stem in stems:
-            raise ValueError(f"{stems[stem]} and {key} have the same kohya name {stem}")
-        stems[stem] = key
-    return stems

@@ -1,0 +1,32 @@
+"""Key names: which architecture keys belong to, and translations between spellings.
+
+Every translation is a table plus one function that checks it to be one-to-one.
+"""
+
+from merge.keymap.architecture import (
+    CONV_IN,
+    EDM_MARKERS,
+    GUIDANCE_EMBEDDING,
+    UNetArchitecture,
+    detect_unet,
+)
+from merge.keymap.blocks import block_order, is_block_name, unet_blocks
+from merge.keymap.kohya import kohya_stems
+from merge.keymap.one_to_one import one_to_one
+from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
+
+__all__ = [
+    "CONV_IN",
+    "EDM_MARKERS",
+    "GUIDANCE_EMBEDDING",
+    "LDM_UNET_PREFIX",
+    "UNetArchitecture",
+    "block_order",
+    "detect_unet",
+    "is_block_name",
+    "kohya_stems",
+    "ldm_to_unet",
+    "one_to_one",
+    "unet_blocks",
+    "unet_to_ldm",
+]
