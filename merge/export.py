@@ -80,11 +80,11 @@ def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> Expor
     written["scheduler/scheduler_config.json"] = json_bytes(
         scheduler_config(recipe.scheduler, target.scheduler or {}, version)
     )
-    copies = {
-        name: file
-        for part in pipeline.components
-        for file, name in zip(part.files, part.export_names, strict=True)
-    }
+    merged = {component.name for component in plan.components}
+    copies: dict[str, SourceFile] = {}
+    for part in pipeline.components:
+        files = zip(part.export_names, part.files, strict=True)
+        copies |= part.companions if part.name in merged else dict(files)
     return ExportFiles(copies, written)
 
 

@@ -48,7 +48,7 @@ def recipe_digest(recipe: Recipe, sources: Sources, digests: InputDigests) -> st
     """
 
     def files(model: ResolvedModel) -> list[str]:
-        return [digests[model.role, file.name] for file in model.weights]
+        return [digests[model.role, file.name] for file in model.merged_files(recipe.components)]
 
     facts = {
         "method": recipe.method,
@@ -192,7 +192,7 @@ def _locked_model(ref: ModelRef, model: ResolvedModel) -> dict[str, Any]:
     if ref.path is not None:
         tree["path"] = model.label
     if ref.config is not None:
-        tree["config"] = Path(ref.config).name
+        tree["config"] = model.config_label or Path(ref.config).name
     if model.commit is not None:
         tree["revision"] = model.commit
     return tree
@@ -200,7 +200,14 @@ def _locked_model(ref: ModelRef, model: ResolvedModel) -> dict[str, Any]:
 
 def _input_record(model: ResolvedModel, digests: InputDigests) -> dict[str, Any]:
     parts = model.pipeline.components if model.pipeline is not None else ()
-    files = [*model.weights, *(file for part in parts for file in part.files)]
+    files = {
+        file.name: file
+        for file in (
+            *model.weights,
+            *(file for group in model.text_encoders.values() for file in group),
+            *(file for part in parts for file in part.files),
+        )
+    }
     origin = (
         {"name": model.label}
         if model.repo is None
@@ -210,6 +217,8 @@ def _input_record(model: ResolvedModel, digests: InputDigests) -> dict[str, Any]
         **origin,
         "files": {
             file.name: {"size": file.size_bytes, "sha256": digests[model.role, file.name]}
-            for file in sorted(files, key=lambda file: file.name)
+            for _, file in sorted(files.items())
+            # The index of shards that are merged is neither copied nor read.
+            if (model.role, file.name) in digests
         },
     }

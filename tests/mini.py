@@ -12,6 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from merge import build_plan, load_recipe, resolve_sources
+from merge.plan import MergePlan
+
 Tensors = Mapping[str, torch.Tensor]
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -83,6 +86,12 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "mini.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def plan_of(folder: Path, *overrides: str) -> MergePlan:
+    """Plan the recipe in a folder."""
+    recipe = load_recipe(folder / "mini.yaml", overrides)
+    return build_plan(recipe, resolve_sources(recipe))
 
 
 def read_output(folder: Path) -> dict[str, torch.Tensor]:

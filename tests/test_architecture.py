@@ -15,6 +15,7 @@ PACKAGE = Path(merge.__file__).parent
 LAYERS = {
     "errors": 0,
     "_version": 0,
+    "bake": 1,
     "header": 1,
     "keymap": 1,
     "lora": 1,

@@ -499,14 +499,15 @@ class StagedLane(Lane):
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
-        self._raw = [torch.full_like(buffer, 0x55) for buffer in self._host]
+        buffers = self._buffers
+        buffers.raw = [torch.full_like(buffer, 0x55) for buffer in buffers.host]
         self._stream = SimpleNamespace(synchronize=lambda: None)
         self.transfers = 0
 
         def record() -> None:
             self.transfers += 1
 
-        self._sent = [SimpleNamespace(synchronize=lambda: None, record=record)] * 4
+        buffers._sent = [SimpleNamespace(synchronize=lambda: None, record=record)] * 4
 
     def _on_stream(self) -> object:
         return nullcontext()

@@ -61,7 +61,7 @@ def run_command(
         bars.close()
     if not is_quiet():
         counts = result.plan.counts
-        applied = counts["delta"] + counts["lora"]
+        applied = counts["delta"] + counts["lora"] + counts["bake"]
         click.echo(
             f"merged {applied} of {len(result.plan.tensors)} tensors in "
             f"{result.seconds['merge']:.1f} s, {result.seconds['total']:.1f} s in all; "

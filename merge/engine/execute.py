@@ -12,9 +12,9 @@ import torch
 
 from merge.engine.lane import Lane, RangeError
 from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
-from merge.errors import DeviceError, EngineError, MergeError
+from merge.errors import DeviceError, MergeError
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
-from merge.plan.model import MergePlan
+from merge.plan.model import ComponentPlan, MergePlan
 from merge.reader import FileReader
 from merge.recipe.schema import Recipe
 from merge.writer import TensorFileWriter
@@ -25,11 +25,13 @@ class MergeResult:
     """What a merge did.
 
     Attributes:
+        merged: Tensors that something was added to.
         unchanged: Keys whose delta turned out to be zero; they are the target's.
         overflows: Key to the number of values that a rule replaced.
         seconds: Wall time of the workers.
     """
 
+    merged: int
     unchanged: tuple[str, ...]
     overflows: dict[str, int]
     seconds: float
@@ -37,6 +39,7 @@ class MergeResult:
 
 def execute_plan(
     plan: MergePlan,
+    component: ComponentPlan,
     recipe: Recipe,
     writer: TensorFileWriter,
     *,
@@ -44,13 +47,14 @@ def execute_plan(
     threads: int,
     on_frontier: Callable[[int], None],
 ) -> MergeResult:
-    """Compute every tensor of a plan and write it; the header is left to the caller.
+    """Compute every tensor of a component and write it; the header is left to the caller.
 
     Results do not depend on the device or on `threads`.
 
     Args:
-        plan: Rows in the order of the output file.
-        recipe: For its overflow rule and `allow_noop`.
+        plan: For its files and its method.
+        component: Rows in the order of the output file.
+        recipe: For its overflow rule.
         writer: The output file.
         device: CPU or CUDA.
         threads: Workers; each has its own buffers.
@@ -60,21 +64,20 @@ def execute_plan(
         NonFiniteError: an input or a result is not finite, or out_dtype cannot hold it.
         DeviceError: the device has too little memory.
         IntegrityError: an input changed while it was read.
-        EngineError: nothing changed, and the recipe does not allow that.
     """
     started = time.perf_counter()
-    units = cut_units(plan.tensors)
-    states = [TensorState(0) for _ in plan.tensors]
+    units = cut_units(component.tensors)
+    states = [TensorState(0) for _ in component.tensors]
     for unit in units:
         states[unit.tensor].units_left += 1
-    ends = [spec.start + spec.size_bytes for spec in plan.out_header.tensors]
+    ends = [spec.start + spec.size_bytes for spec in component.out_header.tensors]
     queue = WorkQueue(units, states, ends, on_frontier)
     block = CUDA_BLOCK_ELEMENTS if device.type == "cuda" else CPU_BLOCK_ELEMENTS
     with ExitStack() as stack:
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
         with _single_threaded_operators(), _device_errors():
             lanes = [
-                Lane(plan, readers, writer, device, block, recipe.on_overflow)
+                Lane(plan, component, readers, writer, device, block, recipe.on_overflow)
                 for _ in range(min(threads, max(1, len(units))))
             ]
             _run_workers(lanes, queue)
@@ -82,17 +85,12 @@ def execute_plan(
             reader.check_unchanged(file.stamp)
     merged = [
         (tensor, state)
-        for tensor, state in zip(plan.tensors, states, strict=True)
-        if tensor.deltas or tensor.loras
+        for tensor, state in zip(component.tensors, states, strict=True)
+        if tensor.is_merged
     ]
     unchanged = tuple(tensor.key for tensor, state in merged if not state.changed)
-    if merged and len(unchanged) == len(merged) and not recipe.allow_noop:
-        raise EngineError(
-            "the merge changes nothing: the delta of every tensor is zero",
-            hint="are base and distilled the same model? allow_noop=true permits it",
-        )
     overflows = {tensor.key: state.overflows for tensor, state in merged if state.overflows}
-    return MergeResult(unchanged, overflows, time.perf_counter() - started)
+    return MergeResult(len(merged), unchanged, overflows, time.perf_counter() - started)
 
 
 def _run_workers(lanes: list[Lane], queue: WorkQueue) -> None:

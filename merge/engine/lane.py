@@ -1,40 +1,39 @@
-"""One worker's buffers and the arithmetic on one block.
+"""One worker: reads a block of every input, adds the terms, checks the range, writes.
 
-A lane reads a block of every input into its host buffers, computes on its device and writes the
-result. On the CPU host and device buffers are the same memory; on CUDA the host buffers are
-pinned and every lane has a stream of its own, so that lanes overlap.
+On CUDA every lane has a stream of its own, so that lanes overlap.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from merge.engine.buffers import TORCH_DTYPES, Buffers
+from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
 from merge.header import DTYPE_BITS, DTYPE_WORDS
-from merge.methods import METHODS
 from merge.plan.memory import block_elements
-from merge.plan.model import DeltaTerm, LoraTerm, MergePlan, TensorPlan, TensorRef
+from merge.plan.model import ComponentPlan, MergePlan, TensorPlan, TensorRef
 from merge.reader import FileReader
 from merge.writer import TensorFileWriter
 
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # The smallest float32 magnitude that rounds to infinity: half a step above the largest value.
 _OVERFLOW = {"F16": 65520.0, "BF16": 3.3961775292304957e38, "F32": math.inf}
 _LARGEST = {code: torch.finfo(dtype).max for code, dtype in TORCH_DTYPES.items()}
 
 
 class Lane:
-    """Buffers of one worker, allocated once."""
+    """One worker of the merge of one component."""
 
     def __init__(
         self,
         plan: MergePlan,
+        component: ComponentPlan,
         readers: Sequence[FileReader],
         writer: TensorFileWriter,
         device: torch.device,
@@ -42,34 +41,15 @@ class Lane:
         on_overflow: str,
     ) -> None:
         self._plan = plan
-        self._readers = readers
+        self._component = component
         self._writer = writer
-        self._device = device
         self._plain_block = plain_block
         self._on_overflow = on_overflow
-        self._method = METHODS[plan.method].function
-        self._starts = [spec.start for spec in plan.out_header.tensors]
-        block = block_elements(plan.tensors, plain_block)
-        self._block = block
-        pinned = device.type == "cuda"
-        # Four bytes an element hold every dtype that is computed with; wider ones are only copied.
-        self._host = [
-            torch.empty(block * 4, dtype=torch.uint8, pin_memory=pinned) for _ in range(4)
-        ]
-        self._bytes = [memoryview(buffer.numpy().data) for buffer in self._host]
-        self._scratch = [torch.empty(block, device=device) for _ in range(3)]
-        self._raw = (
-            [torch.empty(block * 4, dtype=torch.uint8, device=device) for _ in range(4)]
-            if pinned
-            else self._host
-        )
-        self._wide: list[torch.Tensor] = []
-        self._stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
-        # Recorded after each transfer out of a host buffer, which may be refilled only then.
-        self._sent: list[Any] = [
-            torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-            for _ in self._host
-        ]
+        self._starts = [spec.start for spec in component.out_header.tensors]
+        self._buffers = Buffers(readers, device, block_elements(component.tensors, plain_block))
+        self._adder = TermAdder(self._buffers, plan.method, plan.params)
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def run(self, unit: Unit, state: TensorState) -> None:
         """Compute and write one unit.
@@ -77,10 +57,11 @@ class Lane:
         Raises:
             NonFiniteError: an input or the result is not finite, or out_dtype cannot hold it.
         """
-        tensor = self._plan.tensors[unit.tensor]
+        tensor = self._component.tensors[unit.tensor]
         with torch.inference_mode(), self._on_stream():
-            if tensor.deltas or tensor.loras:
-                self._merge_unit(tensor, unit, state)
+            if tensor.is_merged:
+                for start, values in self._merged(tensor, unit, state):
+                    self._write(tensor, unit.tensor, values, start, state)
             else:
                 self._keep_unit(tensor, unit, state)
 
@@ -89,51 +70,85 @@ class Lane:
 
         Adding zero is not the same: it turns -0.0 into 0.0.
         """
-        tensor = self._plan.tensors[index]
+        tensor = self._component.tensors[index]
         whole = Unit(index, 0, tensor.target.element_count)
         with torch.inference_mode(), self._on_stream():
             self._keep_unit(tensor, whole, state)
 
     def has_delta(self, index: int) -> bool:
         """Return True when something is added to a tensor."""
-        tensor = self._plan.tensors[index]
-        return bool(tensor.deltas or tensor.loras)
+        return self._component.tensors[index].is_merged
 
     def _on_stream(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     # Units -----------------------------------------------------------------------------------
 
-    def _merge_unit(self, tensor: TensorPlan, unit: Unit, state: TensorState) -> None:
+    def _merged(
+        self, tensor: TensorPlan, unit: Unit, state: TensorState
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield first element and merged float32 values of each block of a unit."""
+        baked = self._baked(tensor, state)
+        factors = self._adder.read_factors(tensor)
+        self._prefetch(tensor, unit)
+        if tensor.is_whole:
+            yield from self._merged_whole(tensor, factors, unit, state)
+            return
         step = self._plain_block
-        factors: list[tuple[torch.Tensor, torch.Tensor]] = []
         if tensor.is_by_row:
             row = tensor.row_elements
-            step = max(1, self._block // row) * row
-            factors = [
-                self._read_factors(index, term, unit.start // row, unit.count // row)
-                for index, term in enumerate(tensor.loras)
-            ]
-        self._prefetch(tensor, unit)
+            step = max(1, self._buffers.block // row) * row
         for start in range(unit.start, unit.start + unit.count, step):
             count = min(step, unit.start + unit.count - start)
-            values = self._read_float(tensor.target, start, count, 0)
-            for term in tensor.deltas:
-                self._add_delta(tensor, term, values, start, state)
-            if tensor.loras:
-                offset = (start - unit.start) // tensor.row_elements
-                self._add_loras(tensor, factors, values, offset, state)
-            self._write(tensor, unit.tensor, values, start, state)
+            values = self._buffers.read_float(tensor.target, start, count, 0)
+            if self._adder.add(tensor, factors, values, start):
+                state.changed = True
+            if baked is not None:
+                values += baked[start : start + count]
+                state.changed = state.changed or bool(baked.any())
+            yield start, values
+
+    def _merged_whole(
+        self, tensor: TensorPlan, factors: Sequence[Factors], unit: Unit, state: TensorState
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        values = self._buffers.read_grown(tensor.target, 0, unit.count, 0, torch.float32)
+        if self._adder.add(tensor, factors, values, 0):
+            state.changed = True
+        for start in range(0, unit.count, self._plain_block):
+            yield start, values[start : start + self._plain_block]
+
+    def _baked(self, tensor: TensorPlan, state: TensorState) -> torch.Tensor | None:
+        """Return the float32 values that guidance embeddings add to a bias."""
+        if not tensor.bakes:
+            return None
+        linear = tensor.bakes[0].linear
+        count = linear.target.element_count
+        merged = torch.empty(count, dtype=torch.float64, device=self._buffers.device)
+        whole = Unit(-1, 0, count)
+        rounded_to = TORCH_DTYPES[linear.dtype_out]
+        if linear.is_merged:
+            for start, values in self._merged(linear, whole, TensorState(1)):
+                # The network will run with the rounded weight.
+                merged[start : start + len(values)] = values.to(rounded_to)
+        else:
+            for start in range(0, count, self._plain_block):
+                part = min(self._plain_block, count - start)
+                values = self._buffers.read_float(linear.target, start, part, 0)
+                merged[start : start + part] = values.to(rounded_to)
+        merged = merged.view(linear.target.shape)
+        total = sum(self._adder.baked(term, merged) for term in tensor.bakes)
+        assert isinstance(total, torch.Tensor)
+        return total.to(torch.float32)
 
     def _keep_unit(self, tensor: TensorPlan, unit: Unit, state: TensorState) -> None:
         ref = tensor.target
         width = DTYPE_BITS[ref.dtype] // 8
         is_float = ref.dtype in TORCH_DTYPES
-        step = self._plain_block if is_float else max(1, self._block * 4 // width)
+        step = self._plain_block if is_float else max(1, self._buffers.block * 4 // width)
         for start in range(unit.start, unit.start + unit.count, step):
             count = min(step, unit.start + unit.count - start)
             if is_float:
-                values = self._read_float(ref, start, count, 0)
+                values = self._buffers.read_float(ref, start, count, 0)
                 if ref.dtype != tensor.dtype_out:
                     self._write(tensor, unit.tensor, values, start, state)
                     continue
@@ -142,123 +157,16 @@ class Lane:
                 if not math.isfinite(product) and not bool(torch.isfinite(values).all()):
                     raise RangeError(tensor.key)
             else:
-                self._read(ref, start, count, 0)
+                self._buffers.read(ref, start, count, 0)
             size = count * width
-            self._writer.write(self._bytes[0][:size], self._starts[unit.tensor] + start * width)
-
-    # Terms -----------------------------------------------------------------------------------
-
-    def _add_delta(
-        self,
-        tensor: TensorPlan,
-        term: DeltaTerm,
-        values: torch.Tensor,
-        start: int,
-        state: TensorState,
-    ) -> None:
-        row, covered = tensor.row_elements, tensor.delta_row_elements
-        count = len(values)
-        if covered != row:
-            # Only the first input channels of each filter receive a delta.
-            start, count = start // row * covered, count // row * covered
-            values = values.view(-1, row)[:, :covered]
-        distilled = self._read_float(term.distilled, start, count, 1)
-        base = self._read_float(term.base, start, count, 2)
-        if covered != row:
-            distilled, base = distilled.view(-1, covered), base.view(-1, covered)
-        self._method(values, distilled, base, term.weight)
-        # The method leaves the weighted delta in `distilled`.
-        if not state.changed and bool(distilled.any()):
-            state.changed = True
-
-    def _add_loras(
-        self,
-        tensor: TensorPlan,
-        factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        values: torch.Tensor,
-        offset: int,
-        state: TensorState,
-    ) -> None:
-        rows = len(values) // tensor.row_elements
-        covered = factors[0][1].shape[1]
-        total = self._wide_buffer(0, rows * covered).view(rows, covered)
-        for index, (term, (up, down)) in enumerate(zip(tensor.loras, factors, strict=True)):
-            product = total
-            if index:
-                product = self._wide_buffer(1, rows * covered).view(rows, covered)
-            torch.mm(up[offset : offset + rows], down, out=product)
-            product *= term.scale
-            if index:
-                total += product
-        delta = self._scratch[1][: rows * covered].view(rows, covered)
-        delta.copy_(total)
-        view = values.view(rows, -1)[:, :covered]
-        view += delta
-        if not state.changed and bool(delta.any()):
-            state.changed = True
-
-    def _read_factors(
-        self, index: int, term: LoraTerm, row: int, rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `(rows, rank)` and `(rank, in)` in float64."""
-        columns = term.down.element_count // term.rank
-        up = self._read_wide(term.up, row * term.rank, rows * term.rank, 2 + 2 * index)
-        down = self._read_wide(term.down, 0, term.down.element_count, 3 + 2 * index)
-        return up.view(rows, term.rank), down.view(term.rank, columns)
-
-    # Transfers -------------------------------------------------------------------------------
+            data = self._buffers.host_bytes[0][:size]
+            self._writer.write(data, self._starts[unit.tensor] + start * width)
 
     def _prefetch(self, tensor: TensorPlan, unit: Unit) -> None:
         refs = [tensor.target]
         refs += [ref for term in tensor.deltas for ref in (term.distilled, term.base)]
         for ref in refs:
-            width = DTYPE_BITS[ref.dtype] // 8
-            start = min(unit.start * width, ref.size_bytes)
-            size = min(unit.count * width, ref.size_bytes - start)
-            self._readers[ref.file].will_need(ref.start + start, size)
-
-    def _read(self, ref: TensorRef, start: int, count: int, slot: int) -> int:
-        width = DTYPE_BITS[ref.dtype] // 8
-        size = count * width
-        if self._sent[slot] is not None:
-            self._sent[slot].synchronize()
-        self._readers[ref.file].read_into(self._bytes[slot][:size], ref.start + start * width)
-        return size
-
-    def _read_float(self, ref: TensorRef, start: int, count: int, slot: int) -> torch.Tensor:
-        """Return elements of an input as float32 on the device, in memory of this lane."""
-        size = self._read(ref, start, count, slot)
-        raw = self._raw[slot]
-        if raw is not self._host[slot]:
-            raw[:size].copy_(self._host[slot][:size], non_blocking=True)
-            self._sent[slot].record()
-        stored = raw[:size].view(TORCH_DTYPES[ref.dtype])
-        if ref.dtype == "F32":
-            return stored
-        values = self._scratch[slot][:count]
-        values.copy_(stored)
-        return values
-
-    def _read_wide(self, ref: TensorRef, start: int, count: int, slot: int) -> torch.Tensor:
-        """Return elements of an input as float64 on the device."""
-        wide = self._wide_buffer(slot, count)
-        width = DTYPE_BITS[ref.dtype] // 8
-        step = self._block * 4 // width
-        for begin in range(0, count, step):
-            part = min(step, count - begin)
-            size = self._read(ref, start + begin, part, 1)
-            stored = self._host[1][:size].view(TORCH_DTYPES[ref.dtype])
-            # Blocking, since the next part reuses the host buffer.
-            wide[begin : begin + part].copy_(stored)
-        return wide
-
-    def _wide_buffer(self, slot: int, count: int) -> torch.Tensor:
-        """Return float64 memory that grows to the largest size asked for and stays."""
-        while len(self._wide) <= slot:
-            self._wide.append(torch.empty(0, dtype=torch.float64, device=self._device))
-        if len(self._wide[slot]) < count:
-            self._wide[slot] = torch.empty(count, dtype=torch.float64, device=self._device)
-        return self._wide[slot][:count]
+            self._buffers.will_need(ref, unit.start, unit.count)
 
     def _write(
         self,
@@ -277,38 +185,32 @@ class Lane:
             self._resolve_overflow(tensor, values, start, state)
         width = DTYPE_BITS[code] // 8
         size = len(values) * width
-        if self._raw is self._host:
-            rounded = self._host[3][:size].view(TORCH_DTYPES[code])
-            rounded.copy_(values)
-        else:
-            rounded = self._raw[3][:size].view(TORCH_DTYPES[code])
-            rounded.copy_(values)
-            self._host[3][:size].copy_(self._raw[3][:size], non_blocking=True)
+        buffers = self._buffers
+        rounded = buffers.raw[3][:size].view(TORCH_DTYPES[code])
+        rounded.copy_(values)
+        if buffers.is_staged:
+            buffers.host[3][:size].copy_(buffers.raw[3][:size], non_blocking=True)
             assert self._stream is not None
             self._stream.synchronize()
-        self._writer.write(self._bytes[3][:size], self._starts[index] + start * width)
+        self._writer.write(buffers.host_bytes[3][:size], self._starts[index] + start * width)
 
     # Trouble ---------------------------------------------------------------------------------
 
     def diagnose(self, index: int) -> NonFiniteError:
         """Look at a whole tensor again and say what is wrong with it, with counts."""
-        tensor = self._plan.tensors[index]
-        refs = [("target", tensor.target)]
-        refs += [(term.role, term.distilled) for term in tensor.deltas]
-        refs += [("base", term.base) for term in tensor.deltas]
-        refs += [(term.role, ref) for term in tensor.loras for ref in (term.down, term.up)]
+        tensor = self._component.tensors[index]
         with torch.inference_mode(), self._on_stream():
-            for role, ref in refs:
+            for ref in tensor.refs:
                 if count := self._count_non_finite(ref):
-                    name = self._plan.files[ref.file].name
+                    file = self._plan.files[ref.file]
                     return NonFiniteError(
                         f"{tensor.key}: {count:,} of {ref.element_count:,} values are NaN or "
-                        f"infinite in {role} ({name})",
+                        f"infinite in {file.role} ({file.name})",
                         hint="the file is damaged or its training diverged; use another one",
                     )
             self._on_overflow = "count"
             state = TensorState(1)
-            for unit in cut_units(self._plan.tensors):
+            for unit in cut_units(self._component.tensors):
                 if unit.tensor == index:
                     self.run(unit, state)
         word = DTYPE_WORDS[tensor.dtype_out]
@@ -322,7 +224,8 @@ class Lane:
         count = 0
         for start in range(0, ref.element_count, self._plain_block):
             part = min(self._plain_block, ref.element_count - start)
-            count += int((~torch.isfinite(self._read_float(ref, start, part, 0))).sum())
+            values = self._buffers.read_float(ref, start, part, 0)
+            count += int((~torch.isfinite(values)).sum())
         return count
 
     def _resolve_overflow(
@@ -343,7 +246,7 @@ class Lane:
         if self._on_overflow == "clamp":
             values.clamp_(-largest, largest)
             return
-        original = self._read_float(tensor.target, start, len(values), 1)
+        original = self._buffers.read_float(tensor.target, start, len(values), 1)
         values[too_large] = original[too_large]
         if bool((values.abs() >= _OVERFLOW[tensor.dtype_out]).any()):
             raise RangeError(tensor.key)

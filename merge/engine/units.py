@@ -17,7 +17,8 @@ class Unit:
     Attributes:
         tensor: Index into the plan's tensors.
         start: First element.
-        count: Elements; whole rows for a tensor that is merged by row.
+        count: Elements; whole rows for a tensor that is merged by row, the
+            whole tensor where its method or a baked bias needs that.
     """
 
     tensor: int
@@ -46,7 +47,9 @@ def cut_units(tensors: Sequence[TensorPlan]) -> list[Unit]:
     for index, tensor in enumerate(tensors):
         total = tensor.target.element_count
         step = UNIT_ELEMENTS
-        if tensor.is_by_row:
+        if tensor.is_whole or tensor.bakes:
+            step = max(total, 1)
+        elif tensor.is_by_row:
             step = max(1, UNIT_ELEMENTS // tensor.row_elements) * tensor.row_elements
         starts = range(0, total, step) if total else range(1)
         units += [Unit(index, start, min(step, total - start)) for start in starts]

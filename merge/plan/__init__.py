@@ -3,6 +3,8 @@
 from merge.plan.build import build_plan
 from merge.plan.memory import default_threads, peak_bytes
 from merge.plan.model import (
+    BakeTerm,
+    ComponentPlan,
     DeltaTerm,
     LeftOut,
     LoraTerm,
@@ -14,6 +16,8 @@ from merge.plan.model import (
 from merge.plan.render import plan_to_json, render_plan
 
 __all__ = [
+    "BakeTerm",
+    "ComponentPlan",
     "DeltaTerm",
     "LeftOut",
     "LoraTerm",

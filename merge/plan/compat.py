@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from merge.errors import PlanError
-from merge.keymap import EDM_MARKERS, LDM_UNET_PREFIX, UNetArchitecture, detect_unet
+from merge.keymap import (
+    EDM_MARKERS,
+    LDM_UNET_PREFIX,
+    UNetArchitecture,
+    detect_unet,
+)
 from merge.lora import is_lora
+from merge.plan.interim import split_single_file
+from merge.plan.model import LeftOut
 from merge.reader import Checkpoint, read_checkpoint
 from merge.sources import ResolvedModel, Sources
+
+_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +27,28 @@ class Opened:
 
     Attributes:
         model: Its files.
-        checkpoint: Its tensors.
+        checkpoint: The tensors of its UNet under diffusers keys, or of a LoRA under its own.
         unet: Its architecture; None for a LoRA.
+        text: The tensors of its text encoders by component, where they could be merged.
+        left_out: Keys of its files that belong to none of these, each with its reason.
+        edm_marker: The key that tells an EDM v-prediction file; empty for others.
     """
 
     model: ResolvedModel
     checkpoint: Checkpoint
     unet: UNetArchitecture | None
+    text: Mapping[str, Checkpoint] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    edm_marker: str = ""
 
     @property
     def role(self) -> str:
         """Return the model's role."""
         return self.model.role
+
+    def component(self, name: str) -> Checkpoint | None:
+        """Return the tensors of a component, or None when the model does not have it."""
+        return self.checkpoint if name == "unet" else self.text.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +58,12 @@ class OpenedSources:
     target: Opened
     base: Opened | None
     distilled: tuple[Opened, ...]
+
+    @property
+    def models(self) -> tuple[Opened, ...]:
+        """Return target, base if there is one, then distilled."""
+        base = (self.base,) if self.base is not None else ()
+        return (self.target, *base, *self.distilled)
 
 
 def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSources:
@@ -73,31 +98,44 @@ def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSo
 def _open(model: ResolvedModel) -> Opened:
     checkpoint = read_checkpoint([file.path for file in model.weights])
     names = checkpoint.tensors
-    return Opened(model, checkpoint, None if is_lora(names) else detect_unet(checkpoint.shapes))
+    marker = next((name for name in EDM_MARKERS if name in names), "")
+    if any(name.startswith(LDM_UNET_PREFIX) for name in names):
+        return _open_single_file(model, checkpoint, marker)
+    text = {
+        name: read_checkpoint([file.path for file in files])
+        for name, files in model.text_encoders.items()
+    }
+    unet = None if is_lora(names) else detect_unet(checkpoint.shapes)
+    return Opened(model, checkpoint, unet, text, edm_marker=marker)
 
 
-def _all(sources: OpenedSources) -> list[Opened]:
-    base = [sources.base] if sources.base is not None else []
-    return [sources.target, *base, *sources.distilled]
+def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str) -> Opened:
+    """Give an LDM/SGM file's UNet its diffusers keys, and a reason for every other key."""
+    parts = split_single_file(checkpoint.tensors)
+    tensors = {key: checkpoint.tensors[name] for name, key in parts.unet.items()}
+    unet = Checkpoint(checkpoint.files, tensors, checkpoint.metadata)
+    reasons = dict(parts.left_out)
+    if model.pipeline is None:
+        reasons |= {
+            name: "only its UNet is merged"
+            for name in checkpoint.tensors
+            if name not in parts.unet and name not in reasons
+        }
+    left_out = tuple(LeftOut(model.role, name, reasons[name]) for name in sorted(reasons))
+    return Opened(model, unet, detect_unet(unet.shapes), {}, left_out, marker)
 
 
 def _check_kinds(sources: OpenedSources) -> list[str]:
     problems = []
-    for opened in _all(sources):
+    for opened in sources.models:
         names = opened.checkpoint.tensors
-        marker = next((m for m in EDM_MARKERS if m in names), None)
-        if marker is not None:
+        if opened.edm_marker:
             problems.append(
                 f"{opened.role} ({opened.model.label}) is an EDM v-prediction model (it has "
-                f"{marker}); the delta of an epsilon model means something else there"
+                f"{opened.edm_marker}); the delta of an epsilon model means something else there"
             )
         elif opened.unet is not None:
             continue
-        elif any(name.startswith(LDM_UNET_PREFIX) for name in names):
-            problems.append(
-                f"{opened.role} ({opened.model.label}) is an LDM/SGM single file; this version "
-                "reads UNets with diffusers keys"
-            )
         elif not is_lora(names):
             shown = ", ".join(sorted(names)[:3]) or "no tensors"
             problems.append(
@@ -119,7 +157,7 @@ def _check_roles(sources: OpenedSources) -> list[str]:
             f"{full[0].role} ({full[0].model.label}) is a full UNet: name the model that it was "
             "distilled from as models.base"
         )
-    if not full and sources.base is not None:
+    if not full and sources.base is not None and not any(map(_is_dora, sources.distilled)):
         problems.append(
             "every distilled model is a LoRA, which needs no base: set models.base=null"
         )
@@ -140,12 +178,17 @@ def _check_roles(sources: OpenedSources) -> list[str]:
     return problems
 
 
+def _is_dora(opened: Opened) -> bool:
+    # Only relative to the model that it was trained on is DoRA an additive delta.
+    return any(name.endswith(_DORA) for name in opened.checkpoint.tensors)
+
+
 def _check_families(sources: OpenedSources) -> list[str]:
     target = sources.target.unet
     if target is None:
         return []
     problems = []
-    for opened in _all(sources)[1:]:
+    for opened in sources.models[1:]:
         unet = opened.unet
         if unet is None or unet.family == target.family:
             continue
@@ -159,7 +202,7 @@ def _check_families(sources: OpenedSources) -> list[str]:
 
 def _check_predictions(sources: OpenedSources, prediction_type: str) -> list[str]:
     problems = []
-    for opened in _all(sources):
+    for opened in sources.models:
         scheduler = opened.model.scheduler
         if scheduler is None:
             continue

@@ -51,19 +51,32 @@ def block_elements(tensors: Sequence[TensorPlan], plain_block: int) -> int:
 
 
 def worker_bytes(tensors: Sequence[TensorPlan], plain_block: int) -> int:
-    """Return the memory of one worker's buffers: inputs, scratch, output and LoRA factors."""
+    """Return the memory of one worker's buffers: inputs, scratch, output and what grows."""
     block = block_elements(tensors, plain_block)
     widest = max((DTYPE_BITS[tensor.target.dtype] // 8 for tensor in tensors), default=4)
     inputs_and_output = 4 * block * max(widest, 4)
     scratch = 3 * block * 4
-    factors = 0
-    has_lora = any(tensor.loras for tensor in tensors)
-    for tensor in tensors:
-        down = sum(term.rank * tensor.delta_row_elements for term in tensor.loras)
-        rows = max(1, UNIT_ELEMENTS // max(tensor.row_elements, 1))
-        up = sum(term.rank * min(rows, tensor.target.shape[0]) for term in tensor.loras)
-        factors = max(factors, (down + up) * (8 + 4))
-    return inputs_and_output + scratch + factors + (2 * block * 8 if has_lora else 0)
+    return inputs_and_output + scratch + max((_grown(t, block) for t in tensors), default=0)
+
+
+def _grown(tensor: TensorPlan, block: int) -> int:
+    """Return the memory that one tensor needs beside the fixed blocks."""
+    if not tensor.is_merged:
+        return 0
+    total = tensor.target.element_count
+    count = total if tensor.is_whole else min(block, total)
+    factors = sum(ref.element_count for term in tensor.loras for ref in term.refs)
+    if any(term.base is not None for term in tensor.loras):
+        factors += count
+    products = 2 * count if tensor.loras else 0
+    floats = 0
+    if tensor.is_whole:
+        # The target, each delta, one base, and what its method sorts or masks.
+        floats = count * (2 + 2 * (len(tensor.deltas) + len(tensor.loras)))
+    linear = sum(
+        term.linear.target.element_count + term.embedding.element_count for term in tensor.bakes
+    )
+    return 8 * (factors + products + linear) + 4 * floats
 
 
 def peak_bytes(tensors: Sequence[TensorPlan], threads: int) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merge.header import Header, element_count, encode_header
+from merge.keymap import block_order
 from merge.reader import FileStamp
 
 DIGEST_KEY = "instruct_merge.recipe_digest"
@@ -64,12 +66,14 @@ class DeltaTerm:
 
     Attributes:
         role: Which distilled model.
+        index: Its place among the recipe's distilled models.
         distilled: Same shape as `base`.
         base: Same shape as the target, or fewer input channels.
         weight: Rounded once to float32.
     """
 
     role: str
+    index: int
     distilled: TensorRef
     base: TensorRef
     weight: float
@@ -77,21 +81,68 @@ class DeltaTerm:
 
 @dataclass(frozen=True, slots=True)
 class LoraTerm:
-    """`scale * up @ down`.
+    """`weight * alpha / divisor` times the product of an adapter's factors.
 
     Attributes:
         role: Which distilled model.
-        down: `(rank, in[, kh, kw])`.
-        up: `(out, rank[, 1, 1])`.
-        rank: Inner dimension.
-        scale: weight * alpha / rank, in float64.
+        index: Its place among the recipe's distilled models.
+        form: How the factors multiply: `lora`, `locon`, `loha` or `lokr`.
+        factors: Name of the factor, e.g. `down`, and where it is.
+        rows: First dimension of the weight.
+        columns: Elements of a row that the delta covers, from the first on.
+        weight: The recipe's, in float64.
+        alpha: The adapter's, or the divisor where it states none.
+        divisor: The rank, or what the adapter's rule has in its place.
+        magnitude: DoRA's row norms, `(rows,)` and ones; None for an additive adapter.
+        base: For DoRA the weight that the adapter was trained on, of the delta's shape.
     """
 
     role: str
-    down: TensorRef
-    up: TensorRef
-    rank: int
-    scale: float
+    index: int
+    form: str
+    factors: tuple[tuple[str, TensorRef], ...]
+    rows: int
+    columns: int
+    weight: float
+    alpha: float
+    divisor: float
+    magnitude: TensorRef | None = None
+    base: TensorRef | None = None
+
+    @property
+    def strength(self) -> float:
+        """Return the factor of the product before the recipe's weight."""
+        return self.alpha / self.divisor
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the product, in float64, in the order that the contract states."""
+        return self.weight * self.alpha / self.divisor
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Return every tensor that is read for it."""
+        extra = (self.magnitude, self.base)
+        return (*(ref for _, ref in self.factors), *(ref for ref in extra if ref is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class BakeTerm:
+    """A guidance embedding folded into the bias of the layer that it feeds.
+
+    Attributes:
+        role: Which distilled model.
+        embedding: Its `cond_proj`, `(in, size)`.
+        weight: The recipe's for the embedding, in float64.
+        guidance: The guidance scale that is fixed.
+        linear: How the layer's merged weight `(out, in)` comes about.
+    """
+
+    role: str
+    embedding: TensorRef
+    weight: float
+    guidance: float
+    linear: TensorPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +150,18 @@ class TensorPlan:
     """One output tensor.
 
     Attributes:
-        key: Its name in diffusers keys.
-        component: `unet`.
-        action: `delta`, `lora`, `copy` or `cast`.
+        key: Its name in the component's file.
+        component: `unet`, `text_encoder` or `text_encoder_2`.
+        action: `delta`, `lora`, `copy`, `cast` or `bake`.
         target: Where its starting values are.
         dtype_out: Header code of the output.
         deltas: Full deltas, added in this order.
         loras: LoRA deltas, summed in float64 in this order and added last.
         weight: The recipe's weight for this key; None when nothing is added.
         reason: Why nothing, or not everything, is added; empty for the ordinary case.
+        block: A1111's name of the block, e.g. `IN04`; empty where the UNet's blocks are not known.
+        bakes: Guidance embeddings folded into it, added after everything else.
+        is_whole: True when the method has to see the whole tensor at once.
     """
 
     key: str
@@ -115,10 +169,27 @@ class TensorPlan:
     action: str
     target: TensorRef
     dtype_out: str
-    deltas: tuple[DeltaTerm, ...]
-    loras: tuple[LoraTerm, ...]
-    weight: float | None
-    reason: str
+    deltas: tuple[DeltaTerm, ...] = ()
+    loras: tuple[LoraTerm, ...] = ()
+    weight: float | None = None
+    reason: str = ""
+    block: str = ""
+    bakes: tuple[BakeTerm, ...] = ()
+    is_whole: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Return True when something is added."""
+        return bool(self.deltas or self.loras or self.bakes)
+
+    @property
+    def refs(self) -> list[TensorRef]:
+        """Return every tensor that is read for it, the target's first."""
+        refs = [self.target]
+        refs += [ref for term in self.deltas for ref in (term.distilled, term.base)]
+        refs += [ref for term in self.loras for ref in term.refs]
+        refs += [ref for term in self.bakes for ref in (term.embedding, *term.linear.refs)]
+        return refs
 
     @property
     def row_elements(self) -> int:
@@ -131,7 +202,7 @@ class TensorPlan:
         if self.deltas:
             return element_count(self.deltas[0].base.shape[1:])
         if self.loras:
-            return element_count(self.loras[0].down.shape[1:])
+            return self.loras[0].columns
         return 0
 
     @property
@@ -158,32 +229,77 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class ComponentPlan:
+    """One merged weight file.
+
+    Attributes:
+        name: `unet`, `text_encoder` or `text_encoder_2`.
+        file_name: Its place in the output folder.
+        tensors: In the order of the output file.
+        out_header: Layout of the output file.
+        metadata: Its strings, with a placeholder for the recipe digest.
+    """
+
+    name: str
+    file_name: str
+    tensors: tuple[TensorPlan, ...]
+    out_header: Header
+    metadata: Mapping[str, str]
+
+    def header_bytes(self, digest: str) -> bytes:
+        """Return the first bytes of the output file with the recipe digest filled in."""
+        metadata = {**self.metadata, DIGEST_KEY: digest}
+        specs = {spec.name: (spec.dtype, spec.shape) for spec in self.out_header.tensors}
+        return encode_header(specs, metadata)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeight:
+    """What a block of the UNet receives.
+
+    Attributes:
+        name: E.g. `IN04`.
+        weights: The different weights of its merged tensors, ascending; empty: nothing is added.
+        tensors: Tensors of the block.
+    """
+
+    name: str
+    weights: tuple[float, ...]
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that a merge will do.
 
     Attributes:
         recipe: Its name.
         method: Its name.
+        params: The method's parameters, defaults filled in.
         architecture: `sd15`, `sd21` or `sdxl`.
         files: Inputs whose tensors are read.
-        tensors: In the order of the output file.
+        components: The merged weight files, the UNet's first.
         left_out: Keys of inputs that are not used, each with its reason.
         notes: What a user should know before running.
-        out_header: Layout of the output file.
-        metadata: Its strings, with a placeholder for the recipe digest.
-        copy_bytes: Size of the other components' files, copied as they are.
+        copy_bytes: Size of the other components' files, copied or rewritten as they are.
+        single_file_bytes: About the size of the single file, 0 when none is asked for.
     """
 
     recipe: str
     method: str
+    params: Mapping[str, Any]
     architecture: str
     files: tuple[PlanFile, ...]
-    tensors: tuple[TensorPlan, ...]
+    components: tuple[ComponentPlan, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
-    out_header: Header
-    metadata: Mapping[str, str]
     copy_bytes: int
+    single_file_bytes: int
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """Return the tensors of every merged component, in the order of their files."""
+        return tuple(tensor for part in self.components for tensor in part.tensors)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -194,23 +310,33 @@ class MergePlan:
         return counts
 
     @property
+    def blocks(self) -> tuple[BlockWeight, ...]:
+        """Return what each block of the UNet receives; empty where its blocks are not known."""
+        groups: dict[str, list[TensorPlan]] = {}
+        for tensor in self.tensors:
+            if tensor.block:
+                groups.setdefault(tensor.block, []).append(tensor)
+        return tuple(
+            BlockWeight(
+                name,
+                tuple(sorted({t.weight for t in groups[name] if t.weight is not None})),
+                len(groups[name]),
+            )
+            for name in block_order(groups)
+        )
+
+    @property
     def read_bytes(self) -> int:
         """Return the bytes of every tensor that is read and of every file that is copied."""
-        total = self.copy_bytes
-        for tensor in self.tensors:
-            refs = [tensor.target]
-            refs += [ref for term in tensor.deltas for ref in (term.distilled, term.base)]
-            refs += [ref for lora in tensor.loras for ref in (lora.down, lora.up)]
-            total += sum(ref.size_bytes for ref in refs)
-        return total
+        refs = (ref for tensor in self.tensors for ref in tensor.refs)
+        return self.copy_bytes + self.single_file_bytes + sum(ref.size_bytes for ref in refs)
+
+    @property
+    def merged_bytes(self) -> int:
+        """Return the size of the merged weight files."""
+        return sum(part.out_header.file_bytes for part in self.components)
 
     @property
     def write_bytes(self) -> int:
         """Return the bytes of the weights and of every copied file."""
-        return self.out_header.file_bytes + self.copy_bytes
-
-    def header_bytes(self, digest: str) -> bytes:
-        """Return the first bytes of the output file with the recipe digest filled in."""
-        metadata = {**self.metadata, DIGEST_KEY: digest}
-        specs = {spec.name: (spec.dtype, spec.shape) for spec in self.out_header.tensors}
-        return encode_header(specs, metadata)[0]
+        return self.merged_bytes + self.copy_bytes + self.single_file_bytes

@@ -1,10 +1,16 @@
-"""Globs on keys: which weight a key gets, and which keys are kept from the target."""
+"""Globs and block names: which weight a key gets, and which keys are kept from the target.
+
+A pattern is a glob on diffusers keys, for text encoders with the component in front
+(`text_encoder.text_model.*`), or one of A1111's block names (`BASE`, `IN04`, `M00`, `OUT11`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+
+from merge.keymap import block_order, is_block_name
 
 # A set such as [!]x] may begin with its own closing bracket; one that never closes is plain text.
 _WILDCARDS = re.compile(r"\*|\?|\[!?+\]?+[^\]]*\]")
@@ -15,28 +21,66 @@ def match_exclude(key: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(key, pattern)), None)
 
 
-def block_weight(key: str, weights: Mapping[str, float], default: float) -> float:
+def block_weight(key: str, weights: Mapping[str, float], default: float, block: str = "") -> float:
     """Return the weight of a key: of the most specific pattern that names it.
 
-    The pattern with the most literal characters wins.
+    The pattern with the most literal characters wins. A block name stands for the globs of its
+    layers, so `IN01` counts on `down_blocks.0.resnets.0.conv1.weight` like
+    `down_blocks.0.resnets.0.*`.
+
+    Args:
+        key: A key of the target.
+        weights: Pattern to weight.
+        default: Where no pattern names the key.
+        block: The name of the key's block.
 
     Raises:
         ValueError: two patterns with different weights are equally specific.
     """
-    matching = [pattern for pattern in weights if fnmatchcase(key, pattern)]
+    matching = {
+        pattern: _literal_characters(pattern, key)
+        for pattern in weights
+        if (pattern == block if is_block_name(pattern) else fnmatchcase(key, pattern))
+    }
     if not matching:
         return default
-    best = max(_literal_characters(pattern) for pattern in matching)
-    winners = [pattern for pattern in matching if _literal_characters(pattern) == best]
+    best = max(matching.values())
+    winners = [pattern for pattern, count in matching.items() if count == best]
     if len({weights[pattern] for pattern in winners}) > 1:
         raise ValueError(f"{key}: {' and '.join(winners)} are equally specific")
     return weights[winners[0]]
 
 
 def unmatched(patterns: Collection[str], keys: Collection[str]) -> list[str]:
-    """Return the patterns that name no key at all."""
+    """Return the globs that name no key at all."""
     return [p for p in patterns if not any(fnmatchcase(key, p) for key in keys)]
 
 
-def _literal_characters(pattern: str) -> int:
-    return len(_WILDCARDS.sub("", pattern))
+def unknown_blocks(patterns: Iterable[str], blocks: Collection[str]) -> list[str]:
+    """Return a problem for each block name that a UNet does not have.
+
+    Args:
+        patterns: Of `block_weights`.
+        blocks: Names of the UNet's blocks.
+    """
+    names = [pattern for pattern in patterns if is_block_name(pattern) and pattern not in blocks]
+    if not names:
+        return []
+    ordered = block_order(blocks)
+    sides = [[name for name in ordered if name.startswith(side)] for side in ("IN", "M", "OUT")]
+    known = ["BASE", *(_span(side) for side in sides if side)]
+    return [
+        f"block_weights: this UNet has no block {name}, only {', '.join(known)}" for name in names
+    ]
+
+
+def _span(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _literal_characters(pattern: str, key: str) -> int:
+    if not is_block_name(pattern):
+        return len(_WILDCARDS.sub("", pattern))
+    parts = key.split(".")
+    layer = parts[:4] if parts[0] in ("down_blocks", "up_blocks") else parts[:1]
+    return len(".".join(layer)) + 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from merge.header import DTYPE_WORDS
 from merge.methods import METHODS
-from merge.plan.model import MergePlan, TensorPlan
+from merge.plan.model import BlockWeight, MergePlan, TensorPlan
 
 SCHEMA_VERSION = 1
 _SHOWN = 12
+_BLOCKS_PER_LINE = 6
 
 
 def plan_to_json(plan: MergePlan, peak_bytes: int) -> dict[str, Any]:
@@ -24,6 +25,10 @@ def plan_to_json(plan: MergePlan, peak_bytes: int) -> dict[str, Any]:
             {"model": item.model, "key": item.key, "reason": item.reason} for item in plan.left_out
         ],
         "counts": plan.counts,
+        "blocks": [
+            {"name": block.name, "weights": list(block.weights), "tensors": block.tensors}
+            for block in plan.blocks
+        ],
         "notes": list(plan.notes),
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
@@ -48,7 +53,10 @@ def _row(tensor: TensorPlan) -> dict[str, Any]:
     sources = ["target"]
     if tensor.deltas:
         sources += ["base", *(term.role for term in tensor.deltas)]
+    elif any(term.base is not None for term in tensor.loras):
+        sources.append("base")
     sources += [term.role for term in tensor.loras]
+    sources += [term.role for term in tensor.bakes]
     return {
         "key": tensor.key,
         "component": tensor.component,
@@ -70,12 +78,15 @@ def _lines(plan: MergePlan, peak_bytes: int) -> Iterator[str]:
         size = sum(file.stamp.size_bytes for file in plan.files if file.role == role)
         shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         yield f"{role:<13} {shown}, {format_bytes(size)}"
+    if len(plan.components) > 1:
+        yield f"components    {', '.join(part.name for part in plan.components)}"
     counts = ", ".join(f"{count} {action}" for action, count in plan.counts.items() if count)
     yield f"tensors       {len(plan.tensors)}: {counts}"
     weights = sorted({tensor.weight for tensor in plan.tensors if tensor.weight is not None})
     if weights:
         shown = ", ".join(f"{weight:g}" for weight in weights[:_SHOWN])
         yield f"weight        {shown}{' ...' if len(weights) > _SHOWN else ''}"
+    yield from _blocks(plan.blocks)
     dtypes = sorted(
         {f"{DTYPE_WORDS[t.target.dtype]} to {DTYPE_WORDS[t.dtype_out]}" for t in plan.tensors}
     )
@@ -87,6 +98,23 @@ def _lines(plan: MergePlan, peak_bytes: int) -> Iterator[str]:
     yield from _left_out(plan)
     for note in plan.notes:
         yield f"note: {note}"
+
+
+def _blocks(blocks: Sequence[BlockWeight]) -> Iterator[str]:
+    """Yield the weight of every block, neighbours of the same weight together."""
+    runs: list[tuple[tuple[float, ...], list[str]]] = []
+    for block in blocks:
+        if runs and runs[-1][0] == block.weights:
+            runs[-1][1].append(block.name)
+        else:
+            runs.append((block.weights, [block.name]))
+    parts = []
+    for weights, names in runs:
+        span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        parts.append(f"{span}: {' and '.join(f'{w:g}' for w in weights) or 'nothing'}")
+    for first in range(0, len(parts), _BLOCKS_PER_LINE):
+        line = ", ".join(parts[first : first + _BLOCKS_PER_LINE])
+        yield f"{'' if first else 'blocks':<13} {line}"
 
 
 def _special_rows(plan: MergePlan) -> Iterator[str]:

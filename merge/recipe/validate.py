@@ -19,6 +19,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CHANNEL_RULES = ("skip", "first", "error")
 OUT_DTYPES = ("float16", "bfloat16", "float32", "keep")
 OVERFLOW_RULES = ("error", "clamp", "keep_target")
@@ -104,18 +105,23 @@ def _is_inside(text: str) -> bool:
 
 
 def _check_rules(recipe: Recipe) -> Iterator[str]:
-    if recipe.components != ["unet"]:
-        yield f"components: {recipe.components} - only [unet] can be merged in this version"
+    for name in recipe.components:
+        yield from _choice("components", name, COMPONENTS)
+    if "unet" not in recipe.components or len(set(recipe.components)) < len(recipe.components):
+        yield f"components: {recipe.components} - name unet and what else is merged, each once"
     yield from _choice("channel_rule", recipe.channel_rule, CHANNEL_RULES)
     for pattern, weight in recipe.block_weights.items():
         yield from _finite(f"block_weights[{pattern}]", weight)
     if any(not pattern for pattern in [*recipe.block_weights, *recipe.exclude]):
         yield "block_weights, exclude: an empty pattern matches nothing"
     yield from _choice("guidance_embedding", recipe.guidance_embedding, GUIDANCE_RULES)
-    if recipe.guidance_embedding == "bake":
-        yield "guidance_embedding: bake is not available in this version, use drop"
-    if recipe.bake_guidance is not None:
-        yield "bake_guidance: it belongs to guidance_embedding: bake"
+    if recipe.guidance_embedding != "bake":
+        if recipe.bake_guidance is not None:
+            yield "bake_guidance: it belongs to guidance_embedding: bake"
+    elif recipe.bake_guidance is None:
+        yield "guidance_embedding: bake needs bake_guidance, the guidance scale that it fixes"
+    elif not (math.isfinite(recipe.bake_guidance) and 0 <= recipe.bake_guidance <= 100):
+        yield f"bake_guidance: {recipe.bake_guidance} is not within 0 to 100"
     yield from _choice("compute_dtype", recipe.compute_dtype, ("float32",))
     yield from _choice("out_dtype", recipe.out_dtype, OUT_DTYPES)
     yield from _choice("on_overflow", recipe.on_overflow, OVERFLOW_RULES)
@@ -133,8 +139,6 @@ def _check_output(recipe: Recipe) -> Iterator[str]:
             yield f"scheduler.config.{name}: it cannot be written as JSON: {error}"
     if not recipe.output.folder or "\0" in recipe.output.folder:
         yield f"output.folder: {recipe.output.folder!r} is no path"
-    if recipe.output.single_file:
-        yield "output.single_file: single files cannot be written in this version"
     if recipe.output.other_dtype != "keep":
         yield "output.other_dtype: only keep is available in this version"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,22 @@ class ComponentFiles:
         name: Folder name, e.g. `vae`.
         files: Weights and everything beside them, without duplicates in other formats.
         export_names: For each file its name in an export: the variant suffix taken off.
+        weights: Those of the files that hold its tensors.
+        index: The file that says which shard holds which tensor.
     """
 
     name: str
     files: tuple[SourceFile, ...]
     export_names: tuple[str, ...]
+    weights: tuple[SourceFile, ...] = ()
+    index: SourceFile | None = None
+
+    @property
+    def companions(self) -> Mapping[str, SourceFile]:
+        """Return name in an export to file, of everything but the weights and their index."""
+        weights = {file.name for file in (*self.weights, self.index) if file is not None}
+        pairs = zip(self.export_names, self.files, strict=True)
+        return {name: file for name, file in pairs if file.name not in weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,9 @@ class ResolvedModel:
         config: Parsed `config.json` of the UNet, if there is one.
         scheduler: Parsed scheduler config, if there is one.
         pipeline: For a target that is a whole pipeline.
+        text_encoders: Component to the weight files of a text encoder that it has.
+        config_label: Where a single file's configs are from: a folder's name, or a Hub id and
+            commit.
     """
 
     role: str
@@ -82,6 +96,13 @@ class ResolvedModel:
     config: Mapping[str, Any] | None
     scheduler: Mapping[str, Any] | None
     pipeline: Pipeline | None
+    text_encoders: Mapping[str, tuple[SourceFile, ...]] = field(default_factory=dict)
+    config_label: str = ""
+
+    def merged_files(self, components: Collection[str]) -> tuple[SourceFile, ...]:
+        """Return the weight files whose tensors are read when these components are merged."""
+        text = (files for name, files in self.text_encoders.items() if name in components)
+        return (*self.weights, *(file for files in text for file in files))
 
 
 @dataclass(frozen=True, slots=True)

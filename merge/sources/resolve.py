@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,8 @@ from merge.sources.store import HubStore, LocalStore, Store
 _KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 # Classes whose folders hold no weights.
 _WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
+_IN_NO_SINGLE_FILE = ("safety_checker", "feature_extractor", "image_encoder")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 
 
@@ -35,19 +38,19 @@ def resolve_sources(recipe: Recipe) -> Sources:
     Raises:
         SourceError: a model is not there, not readable or not of a known layout.
     """
-    models = recipe.models
-    base = None if models.base is None else _resolve(models.base, "base")
+    models, parts = recipe.models, recipe.components
+    base = None if models.base is None else _resolve(models.base, "base", parts)
     several = len(models.distilled) > 1
     distilled = tuple(
-        _resolve(ref, f"distilled[{index}]" if several else "distilled")
+        _resolve(ref, f"distilled[{index}]" if several else "distilled", parts)
         for index, ref in enumerate(models.distilled)
     )
-    return Sources(_resolve(models.target, "target"), distilled, base)
+    return Sources(_resolve(models.target, "target", parts), distilled, base)
 
 
-def _resolve(ref: ModelRef, role: str) -> ResolvedModel:
+def _resolve(ref: ModelRef, role: str, components: Collection[str]) -> ResolvedModel:
     try:
-        model = _resolve_layout(ref, role)
+        model = _resolve_layout(ref, role, components)
         if unused := _unused_digests(ref, model):
             raise SourceError(f"sha256 names files that are not used: {', '.join(unused)}")
         return model
@@ -56,7 +59,7 @@ def _resolve(ref: ModelRef, role: str) -> ResolvedModel:
         raise
 
 
-def _resolve_layout(ref: ModelRef, role: str) -> ResolvedModel:
+def _resolve_layout(ref: ModelRef, role: str, components: Collection[str]) -> ResolvedModel:
     if ref.path is not None:
         path = Path(ref.path)
         if path.is_file():
@@ -66,11 +69,11 @@ def _resolve_layout(ref: ModelRef, role: str) -> ResolvedModel:
             if path.is_relative_to(bundled_folder()):
                 hint = "the demo's models are made by `make demo` in a clone of the repository"
             raise SourceNotFoundError(f"there is no file or folder {path}", hint=hint)
-        return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path))
+        return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path), components)
     assert ref.repo is not None
     store = HubStore.open(ref.repo, ref.revision)
     try:
-        return _resolve_folder(ref, role, store, ref.repo)
+        return _resolve_folder(ref, role, store, ref.repo, components)
     except SourceNotFoundError as error:
         if store.offline:
             # The cache holds only what was downloaded before, so a gap says nothing of the repo.
@@ -89,21 +92,76 @@ def _resolve_file(ref: ModelRef, role: str, path: Path) -> ResolvedModel:
             hint="pickles can run code and are not read; use a .safetensors version of the model",
         )
     store = LocalStore(path.parent, frozenset({path.name}))
-    config = _read_json(_find_config(Path(ref.config))) if ref.config is not None else None
     weights = _source_files(ref, store, "", (path.name,))
+    configs = _open_configs(ref.config, role) if ref.config is not None else _NO_CONFIGS
     return ResolvedModel(
-        role, path.name, None, None, path.parent, False, weights, "", config, None, None
+        role=role,
+        label=path.name,
+        repo=None,
+        commit=None,
+        root=path.parent,
+        is_folder=False,
+        weights=weights,
+        variant="",
+        config=configs.unet,
+        scheduler=configs.scheduler,
+        pipeline=configs.pipeline,
+        config_label=configs.label,
     )
 
 
-def _find_config(folder: Path) -> Path:
-    for path in (folder / "unet" / "config.json", folder / "config.json"):
-        if path.is_file():
-            return path
-    raise SourceNotFoundError(f"config: there is no config.json of a UNet in {folder}")
+@dataclass(frozen=True, slots=True)
+class _Configs:
+    """What a single file lacks: configs, tokenizers, and the names of the components."""
+
+    unet: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] | None = None
+    pipeline: Pipeline | None = None
+    label: str = ""
 
 
-def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> ResolvedModel:
+_NO_CONFIGS = _Configs()
+
+
+def _open_configs(text: str, role: str) -> _Configs:
+    """Read the folder or repository that a single file takes its configs from; no weights."""
+    store: LocalStore | HubStore
+    if text.startswith((".", "/", "~")):
+        store = LocalStore.open(Path(text).expanduser())
+        label = Path(text).name
+    else:
+        repo, _, revision = text.partition("@")
+        store = HubStore.open(repo, revision or None)
+        label = f"{repo}@{store.commit}"
+    candidates = [name for name in ("unet/config.json", "config.json") if name in store.names]
+    if not candidates:
+        raise SourceNotFoundError(f"config: there is no config.json of a UNet in {text}")
+    scheduler_name = "scheduler/scheduler_config.json"
+    needed = {candidates[0], *({scheduler_name, "model_index.json"} & store.names)}
+    store.fetch(needed)
+    scheduler = _read_json(store.path(scheduler_name)) if scheduler_name in store.names else None
+    pipeline = None
+    if role == "target" and "model_index.json" in store.names:
+        pipeline = _pipeline_without_weights(store, label)
+    return _Configs(_read_json(store.path(candidates[0])), scheduler, pipeline, label)
+
+
+def _pipeline_without_weights(store: Store, label: str) -> Pipeline:
+    """Take a pipeline's configs; its weights come from the single file."""
+    index = _read_json(store.path("model_index.json"))
+    for name, entry in list(index.items()):
+        # A safety checker is in no single file.
+        if name in _IN_NO_SINGLE_FILE and isinstance(entry, list):
+            index[name] = [None, None]
+            index["requires_safety_checker"] = False
+    selected = _select_components(index, store, "", None, label, with_weights=False)
+    store.fetch([f"{name}/{file}" for name, (_, files) in selected.items() for file in files])
+    return Pipeline(index, _component_files(ModelRef(), store, "", selected))
+
+
+def _resolve_folder(
+    ref: ModelRef, role: str, store: Store, label: str, components: Collection[str]
+) -> ResolvedModel:
     prefix = f"{ref.subfolder.strip('/')}/" if ref.subfolder else ""
     inside = _below(store.names, prefix)
     if ref.subfolder and not inside:
@@ -131,6 +189,9 @@ def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> Resol
             needed |= {f"{prefix}{component}/{name}" for name in names}
             if chosen and chosen.index:
                 needed.add(f"{prefix}{component}/{chosen.index}")
+    text = _select_text_encoders(ref, role, store, prefix, label, components)
+    for name, chosen in text.items():
+        needed |= {f"{prefix}{name}/{file}" for file in chosen.names}
     store.fetch(needed)
     if weights.index:
         _check_index(store.path(f"{unet}{weights.index}"), weights)
@@ -138,8 +199,15 @@ def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> Resol
         if chosen and chosen.index:
             _check_index(store.path(f"{prefix}{component}/{chosen.index}"), chosen)
     pipeline = None
+    text_encoders = {
+        name: _source_files(ref, store, f"{prefix}{name}/", chosen.names)
+        for name, chosen in text.items()
+    }
     if is_pipeline and role == "target":
         pipeline = Pipeline(index, _component_files(ref, store, prefix, selected))
+        text_encoders = {
+            part.name: part.weights for part in pipeline.components if part.name in TEXT_ENCODERS
+        }
     return ResolvedModel(
         role=role,
         label=label,
@@ -154,7 +222,23 @@ def _resolve_folder(ref: ModelRef, role: str, store: Store, label: str) -> Resol
             _read_json(store.path(scheduler_name)) if scheduler_name in store.names else None
         ),
         pipeline=pipeline,
+        text_encoders=text_encoders,
     )
+
+
+def _select_text_encoders(
+    ref: ModelRef, role: str, store: Store, prefix: str, label: str, components: Collection[str]
+) -> dict[str, Weights]:
+    """Choose the text encoders of base and distilled that the recipe merges; a target has all."""
+    if role == "target":
+        return {}
+    chosen = {}
+    for name in TEXT_ENCODERS:
+        names = _direct(store.names, f"{prefix}{name}/")
+        if name in components and has_weights(names):
+            where = _where(label, f"{prefix}{name}/")
+            chosen[name] = _select(store, names, ref.variant, where)
+    return chosen
 
 
 def _resolve_repo_file(
@@ -179,7 +263,13 @@ def _select(store: Store, names: Collection[str], variant: str | None, where: st
 
 
 def _select_components(
-    index: Mapping[str, Any], store: Store, prefix: str, variant: str | None, label: str
+    index: Mapping[str, Any],
+    store: Store,
+    prefix: str,
+    variant: str | None,
+    label: str,
+    *,
+    with_weights: bool = True,
 ) -> dict[str, tuple[Weights | None, list[str]]]:
     """Choose the files of every component but the UNet and the scheduler."""
     selected: dict[str, tuple[Weights | None, list[str]]] = {}
@@ -203,7 +293,7 @@ def _select_components(
         is_model = has_weights(direct) or (
             "config.json" in direct and not str(entry[1]).endswith(_WEIGHTLESS)
         )
-        weights = _select(store, direct, variant, where) if is_model else None
+        weights = _select(store, direct, variant, where) if is_model and with_weights else None
         if weights and weights.is_sharded:
             _check_copied_shards(weights, where)
         selected[name] = (weights, companion_files(names))
@@ -237,7 +327,10 @@ def _component_files(
             names += chosen
             exports += [f"{name}/{plain_name(file, weights.variant)}" for file in chosen]
         files = _source_files(ref, store, f"{prefix}{name}/", tuple(names))
-        components.append(ComponentFiles(name, files, tuple(exports)))
+        by_name = {file.name.removeprefix(f"{prefix}{name}/"): file for file in files}
+        holding = tuple(by_name[file] for file in (weights.names if weights else ()))
+        index = by_name[weights.index] if weights and weights.index else None
+        components.append(ComponentFiles(name, files, tuple(exports), holding, index))
     return tuple(components)
 
 

@@ -212,16 +212,18 @@ def run_stage(options: argparse.Namespace) -> dict[str, Any]:
     device = choose_device(options.device)
     started = time.perf_counter()
     path = options.scratch / "out.safetensors"
-    with TensorFileWriter(path, plan.out_header.file_bytes) as writer:
+    (unet,) = plan.components
+    with TensorFileWriter(path, unet.out_header.file_bytes) as writer:
         execute_plan(
             plan,
+            unet,
             recipe,
             writer,
             device=device,
             threads=options.threads,
             on_frontier=lambda position: None,
         )
-        writer.finish(plan.header_bytes("0" * 64))
+        writer.finish(unet.header_bytes("0" * 64))
     return {"stage_s": time.perf_counter() - started}
 
 

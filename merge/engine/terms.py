@@ -1,0 +1,221 @@
+"""What is added to one block of a tensor: deltas, adapters, methods, a baked embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from merge.bake import bake_bias, guidance_embedding
+from merge.engine.buffers import Buffers
+from merge.methods import METHODS
+from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
+from merge.plan.terms import round_weight
+
+# An adapter's factors in float64, as stored.
+Factors = Mapping[str, torch.Tensor]
+# Slots of growing float64 memory: two for products, one for a DoRA's base, the rest for factors.
+_PRODUCTS = 2
+_BASE_ROWS = -1
+
+
+class TermAdder:
+    """Adds the terms of a row to blocks of it, in one worker's memory."""
+
+    def __init__(self, buffers: Buffers, method: str, params: Mapping[str, object]) -> None:
+        self._buffers = buffers
+        self._method = METHODS[method]
+        self._params = params
+
+    def read_factors(self, tensor: TensorPlan) -> list[Factors]:
+        """Read the factors of every adapter of a row; they stay until the next call."""
+        found: list[Factors] = []
+        slot = _PRODUCTS
+        for term in tensor.loras:
+            factors = {}
+            named = [*term.factors]
+            if term.magnitude is not None:
+                named.append(("magnitude", term.magnitude))
+            for role, ref in named:
+                values = self._buffers.read_grown(ref, 0, ref.element_count, slot, torch.float64)
+                factors[role] = values.view(ref.shape)
+                slot += 1
+            found.append(factors)
+        return found
+
+    def add(
+        self, tensor: TensorPlan, factors: Sequence[Factors], values: torch.Tensor, start: int
+    ) -> bool:
+        """Add every delta of a row to a block of it, in place.
+
+        Args:
+            tensor: The row.
+            factors: From `read_factors`.
+            values: The block, float32; whole rows where the row is merged by row.
+            start: Its first element.
+
+        Returns:
+            True when an element of any delta differs from zero.
+        """
+        if self._method.combine is not None:
+            return self._combine(tensor, factors, values, start)
+        changed = False
+        for term in tensor.deltas:
+            view, distilled, base = self._delta(tensor, term, values, start)
+            distilled -= base
+            distilled *= term.weight
+            view += distilled
+            changed = changed or bool(distilled.any())
+        if tensor.loras:
+            view, delta = self._loras(tensor, factors, values, start)
+            view += delta
+            changed = changed or bool(delta.any())
+        return changed
+
+    def baked(self, term: BakeTerm, linear: torch.Tensor) -> torch.Tensor:
+        """Return what the bias gains, `(out,)` in float64.
+
+        Args:
+            term: A guidance embedding.
+            linear: `(out, in)`, the merged weight of the layer, float64.
+        """
+        ref = term.embedding
+        embedding = guidance_embedding(term.guidance, ref.shape[1])
+        values = torch.tensor(embedding, dtype=torch.float64, device=self._buffers.device)
+        cond_proj = self._buffers.read_grown(ref, 0, ref.element_count, _PRODUCTS, torch.float64)
+        baked: torch.Tensor = bake_bias(linear, cond_proj.view(ref.shape), values, term.weight)
+        return baked
+
+    # Deltas ----------------------------------------------------------------------------------
+
+    def _delta(
+        self, tensor: TensorPlan, term: DeltaTerm, values: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the part of a block that a delta covers, and distilled and base there."""
+        view, start, count = self._covered(tensor, values, start)
+        distilled = self._buffers.read_float(term.distilled, start, count, 1)
+        base = self._buffers.read_float(term.base, start, count, 2)
+        return view, distilled.view(view.shape), base.view(view.shape)
+
+    @staticmethod
+    def _covered(
+        tensor: TensorPlan, values: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, int, int]:
+        """Return a block's covered part, and where that starts in the delta and its length."""
+        row, covered = tensor.row_elements, tensor.delta_row_elements
+        if covered == row:
+            return values, start, len(values)
+        # Only the first input channels of each filter receive a delta.
+        view = values.view(-1, row)[:, :covered]
+        return view, start // row * covered, view.numel()
+
+    def _loras(
+        self, tensor: TensorPlan, factors: Sequence[Factors], values: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the part of a block that adapters cover, and their sum rounded to float32."""
+        first = start // tensor.row_elements
+        rows = len(values) // tensor.row_elements
+        covered = tensor.delta_row_elements
+        total = self._buffers.grown(torch.float64, 0, rows * covered).view(rows, covered)
+        for index, (term, parts) in enumerate(zip(tensor.loras, factors, strict=True)):
+            product = total
+            if index:
+                product = self._buffers.grown(torch.float64, 1, rows * covered)
+                product = product.view(rows, covered)
+            self._product(term, parts, first, product, term.scale, term.weight)
+            if index:
+                total += product
+        delta = self._buffers.scratch(1, rows * covered).view(rows, covered)
+        delta.copy_(total)
+        return values.view(rows, -1)[:, :covered], delta
+
+    def _product(
+        self,
+        term: LoraTerm,
+        factors: Factors,
+        first: int,
+        out: torch.Tensor,
+        scale: float,
+        weight: float,
+    ) -> None:
+        """Write rows of an adapter's delta to `out`, `(rows, columns)` in float64.
+
+        Args:
+            term: The adapter.
+            factors: Its factors.
+            first: First row.
+            out: Overwritten.
+            scale: Of an additive adapter.
+            weight: Of a DoRA, whose strength is inside its norm.
+        """
+        rows = len(out)
+        if term.form == "lora":
+            up, down = factors["up"], factors["down"]
+            torch.mm(
+                up.reshape(term.rows, -1)[first : first + rows],
+                down.reshape(len(down), -1),
+                out=out,
+            )
+        else:
+            raise NotImplementedError(term.form)
+        if term.base is None:
+            out *= scale
+            return
+        out *= term.strength
+        count = rows * term.columns
+        base = self._buffers.read_grown(
+            term.base, first * term.columns, count, _BASE_ROWS, torch.float64
+        )
+        magnitude = factors["magnitude"].reshape(-1)[first : first + rows]
+        raise NotImplementedError("DoRA")
+        out *= weight
+
+    # Methods ---------------------------------------------------------------------------------
+
+    def _combine(
+        self, tensor: TensorPlan, factors: Sequence[Factors], values: torch.Tensor, start: int
+    ) -> bool:
+        """Let the method combine all deltas at once."""
+        view, first, count = self._covered(tensor, values, start)
+        deltas: list[tuple[int, torch.Tensor, float]] = []
+        parents: list[tuple[torch.Tensor, torch.Tensor]] = []
+        slot = 1
+        for term in tensor.deltas:
+            distilled, base = (
+                self._buffers.read_grown(ref, first, count, slot + place, torch.float32)
+                for place, ref in enumerate((term.distilled, term.base))
+            )
+            slot += 1
+            delta = distilled
+            if self._method.needs_parents:
+                slot += 1
+                parents.append((distilled.view(view.shape), base.view(view.shape)))
+                delta = self._buffers.grown(torch.float32, slot, count)
+                delta.copy_(distilled)
+                slot += 1
+            delta -= base
+            deltas.append((term.index, delta.view(view.shape), term.weight))
+        for lora, parts in zip(tensor.loras, factors, strict=True):
+            rows = len(values) // tensor.row_elements
+            product = self._buffers.grown(torch.float64, 0, rows * lora.columns)
+            product = product.view(rows, lora.columns)
+            self._product(lora, parts, start // tensor.row_elements, product, lora.strength, 1.0)
+            delta = self._buffers.grown(torch.float32, slot, rows * lora.columns)
+            delta = delta.view(rows, lora.columns)
+            delta.copy_(product)
+            slot += 1
+            deltas.append((lora.index, delta.view(view.shape), round_weight(lora.weight)))
+        deltas.sort(key=lambda item: item[0])
+        changed = any(bool(delta.any()) for _, delta, _ in deltas)
+        assert self._method.combine is not None
+        extra = {"parents": parents} if self._method.needs_parents else {}
+        self._method.combine(
+            view,
+            [delta for _, delta, _ in deltas],
+            [weight for _, _, weight in deltas],
+            self._params,
+            tensor.key,
+            first,
+            **extra,
+        )
+        return changed

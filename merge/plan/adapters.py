@@ -1,0 +1,110 @@
+"""The LoRAs of a recipe: every module matched with a weight, its alpha read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from merge.errors import CheckpointError
+from merge.plan.compat import Opened, OpenedSources
+from merge.plan.interim import AdapterModule, parse_adapters
+from merge.plan.patterns import match_exclude
+from merge.reader import read_scalar
+from merge.recipe.schema import Recipe
+
+# Component and key.
+Place = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One module of a LoRA and its alpha."""
+
+    module: AdapterModule
+    alpha: float
+
+
+@dataclass
+class AdapterReader:
+    """Matches LoRAs with the target's components.
+
+    Attributes:
+        recipe: For its components and exclusions.
+        sources: For the target's keys.
+        problems: One line for each key that cannot be applied; filled by `read`.
+        notes: What a user should know; filled by `read`.
+    """
+
+    recipe: Recipe
+    sources: OpenedSources
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, opened: Opened) -> dict[Place, Adapter]:
+        """Return a LoRA's modules by the weight that they change."""
+        label = f"{opened.role} ({opened.model.label})"
+        checkpoint = opened.checkpoint
+        table = parse_adapters(checkpoint.shapes, checkpoint.metadata, self._targets())
+        self.problems += [f"{label}: {problem}" for problem in table.problems]
+        if not table.modules:
+            self.problems.append(f"{label}: none of its keys fits the target")
+        adapters: dict[Place, Adapter] = {}
+        for module in table.modules:
+            alpha = self._alpha(opened, module)
+            if alpha is None:
+                continue
+            if not math.isfinite(alpha) or alpha == 0:
+                name = module.alpha_key or "lora_adapter_metadata"
+                self.problems.append(f"{opened.role}: {name} is {alpha}, no usable alpha")
+                continue
+            adapters[module.component, module.key] = Adapter(module, alpha)
+        self._check_components(label, adapters)
+        self._check_dora(label, adapters)
+        stated = [m.alpha_key is not None or m.alpha is not None for m in table.modules]
+        if not all(stated):
+            self.notes.append(
+                f"{opened.role}: {stated.count(False)} of {len(stated)} LoRA modules state no "
+                "alpha, so their scale is 1"
+            )
+        return adapters
+
+    def _targets(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        target = self.sources.target
+        parts = {"unet": target.checkpoint, **target.text}
+        return {name: checkpoint.shapes for name, checkpoint in parts.items()}
+
+    def _alpha(self, opened: Opened, module: AdapterModule) -> float | None:
+        if module.alpha_key is None:
+            return module.divisor if module.alpha is None else module.alpha
+        index, spec = opened.checkpoint.tensors[module.alpha_key]
+        try:
+            return read_scalar(opened.checkpoint.files[index], spec)
+        except CheckpointError as error:
+            self.problems.append(f"{opened.role}: {error.message}")
+            return None
+
+    def _check_components(self, label: str, adapters: Mapping[Place, Adapter]) -> None:
+        """Refuse modules of components that the recipe does not merge."""
+        counts: dict[str, int] = {}
+        for component, key in adapters:
+            if component not in self.recipe.components and not match_exclude(
+                f"{component}.{key}", self.recipe.exclude
+            ):
+                counts[component] = counts.get(component, 0) + 1
+        for component, count in sorted(counts.items()):
+            merged = ", ".join([*self.recipe.components, component])
+            self.problems.append(
+                f"{label}: {count} of its modules belong to {component}, which is not merged "
+                f"(components=[{merged}] merges it, exclude=['{component}.*'] leaves them out)"
+            )
+
+    def _check_dora(self, label: str, adapters: Mapping[Place, Adapter]) -> None:
+        if self.sources.base is not None:
+            return
+        keys = [key for (_, key), adapter in adapters.items() if adapter.module.magnitude]
+        if keys:
+            self.problems.append(
+                f"{label}: {len(keys)} of its modules are DoRA ({keys[0]}), which is not additive: "
+                "it rescales the weight that it was trained on; name that model as models.base"
+            )

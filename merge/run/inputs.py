@@ -1,0 +1,83 @@
+"""The input files of a run: hashed once, compared with what is expected, never written to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from merge.digest import DigestProcess
+from merge.errors import IntegrityError, OutputError
+from merge.sources import SourceFile, Sources
+
+# Role and file.
+InputFile = tuple[str, SourceFile]
+
+
+def digest_inputs(
+    files: Sequence[InputFile],
+    on_bytes: Callable[[int, int], None],
+    on_lap: Callable[[str, float], None],
+) -> dict[tuple[str, str], str]:
+    """Hash input files, importing torch meanwhile.
+
+    The output's header holds a digest of the inputs, and its own digest starts with the header:
+    so the inputs are hashed first, by all cores, and the output beside the merge.
+
+    Args:
+        files: Each once.
+        on_bytes: Told the bytes hashed so far, and in all.
+        on_lap: Told a stage's name and when it began.
+
+    Raises:
+        IntegrityError: a file is not the expected one.
+        SourceNotFoundError: a file cannot be read.
+    """
+    mark = time.perf_counter()
+    total = sum(file.size_bytes for _, file in files)
+    done = 0
+
+    def count_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    process = DigestProcess([file.path for _, file in files])
+    try:
+        import merge.engine  # noqa: F401
+
+        on_lap("import", mark)
+        digests = process.result(count_bytes)
+    finally:
+        process.close()
+    on_lap("import_and_hash", mark)
+    for (_, file), digest in zip(files, digests, strict=True):
+        check_digest(file, digest)
+    return {(role, file.name): digest for (role, file), digest in zip(files, digests, strict=True)}
+
+
+def check_digest(file: SourceFile, digest: str) -> None:
+    """Compare a digest with the one that the recipe or the Hub states.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    if digest and file.expected_sha256 and digest != file.expected_sha256:
+        raise IntegrityError(
+            f"{file.name} has SHA-256 {digest}, and {file.expected_sha256} is expected",
+            hint="download it again, or correct sha256 in the recipe",
+        )
+
+
+def check_not_an_input(final: Path, sources: Sources) -> None:
+    """Refuse an output folder that is, or holds, a model that is read."""
+    output = final.resolve()
+    for model in sources.models:
+        parts = model.pipeline.components if model.pipeline is not None else ()
+        files = [*model.weights, *(file for part in parts for file in part.files)]
+        for file in files:
+            if output in (file.path.resolve().parents) or output in file.path.absolute().parents:
+                raise OutputError(
+                    f"the output folder {final} is the {model.role} model, or holds it",
+                    hint="choose another folder with --out; inputs are never written to",
+                )

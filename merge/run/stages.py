@@ -1,0 +1,179 @@
+"""The stages of a run, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from merge.export import plan_export
+from merge.manifest import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    FileRecord,
+    build_lock,
+    build_manifest,
+    json_bytes,
+    recipe_digest,
+)
+from merge.plan import MergePlan, build_plan
+from merge.recipe import Recipe
+from merge.run.background import Background
+from merge.run.closing import check_pictures, verify_output
+from merge.run.inputs import InputFile, check_digest, check_not_an_input, digest_inputs
+from merge.run.merging import merge_components
+from merge.run.model import Progress, RunResult
+from merge.run.record import RUN_NAME, run_record
+from merge.sources import SourceFile, Sources, resolve_sources
+from merge.writer import OutputFolder
+
+_LOG = logging.getLogger(__name__)
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    on_progress: Progress | None = None,
+) -> RunResult:
+    """Merge a recipe's models and export a standalone checkpoint.
+
+    The same inputs, recipe and tool version give the same bytes on any device and with any number
+    of threads. Nothing appears under the output's name until everything is on the disk.
+
+    Args:
+        recipe: From `load_recipe`.
+        out: The output folder; default: the recipe's `output.folder`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: Workers; default: one per core, at most 8, or 4 lanes on CUDA.
+        overwrite: Replace an earlier output of this tool.
+        verify: Edit a picture with the result, in a child process.
+        on_progress: Called with stage, done and total, from any thread.
+
+    Raises:
+        MergeError: of the family that fits; see `merge.errors`.
+        VerificationError: the export is there and fails a check.
+    """
+    final = Path(out or recipe.output.folder).expanduser()
+    return _Run(recipe, final, on_progress).run(device, threads, overwrite, verify)
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    final: Path
+    on_progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, device: str, threads: int | None, overwrite: bool, verify: bool) -> RunResult:
+        started = time.perf_counter()
+        folder = OutputFolder(self.final, overwrite=overwrite)
+        folder.check()
+        for leftover in folder.leftovers():
+            _LOG.warning("%s is left over from an earlier run and can be removed", leftover)
+        if verify:
+            check_pictures(self.recipe.verify.edits)
+        self._progress("resolve", 0, 1)
+        sources = resolve_sources(self.recipe)
+        check_not_an_input(self.final, sources)
+        self._lap("resolve", started)
+        mark = time.perf_counter()
+        plan = build_plan(self.recipe, sources)
+        for note in plan.notes:
+            _LOG.info("note: %s", note)
+        folder.check_space(plan.write_bytes)
+        self._lap("plan", mark)
+        with folder:
+            digest, files = self._build(folder, sources, plan, device, threads)
+            folder.publish()
+        self._lap("total", started)
+        verified = self._verify(sources, device) if verify else None
+        return RunResult(self.final, plan, digest, files, self.seconds, verified)
+
+    def _build(
+        self,
+        folder: OutputFolder,
+        sources: Sources,
+        plan: MergePlan,
+        device: str,
+        threads: int | None,
+    ) -> tuple[str, dict[str, FileRecord]]:
+        export = plan_export(self.recipe, plan, sources.target)
+        digests = digest_inputs(
+            self._hashed(sources),
+            lambda done, total: self._progress("hash", done, total),
+            self._lap,
+        )
+        digest = recipe_digest(self.recipe, sources, digests)
+        with Background() as background:
+            mark = time.perf_counter()
+            copies = {
+                name: background.submit(_copy_checked, folder, file, name, background.stop)
+                for name, file in export.copies.items()
+            }
+            merged = merge_components(
+                folder,
+                plan,
+                self.recipe,
+                digest,
+                device=device,
+                threads=threads,
+                on_bytes=lambda done, total: self._progress("merge", done, total),
+            )
+            files = dict(merged.files)
+            for name, future in copies.items():
+                source = export.copies[name]
+                files[name] = FileRecord(source.size_bytes, future.result())
+                digests["target", source.name] = files[name].sha256
+            self._lap("merge_and_copy", mark)
+        self.seconds |= merged.seconds
+        mark = time.perf_counter()
+        written = {**export.written, LOCK_NAME: build_lock(self.recipe, sources, digests)}
+        for name, data in written.items():
+            folder.write_file(name, data)
+            files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        manifest = build_manifest(plan, sources, digests, digest, files, merged.overflows)
+        folder.write_file(MANIFEST_NAME, manifest)
+        self._lap("records", mark)
+        run = run_record(plan, self.seconds, merged.device, merged.workers)
+        folder.write_file(RUN_NAME, json_bytes(run))
+        return digest, files
+
+    def _hashed(self, sources: Sources) -> list[InputFile]:
+        """Return every input file that is read and not copied."""
+        return [
+            (model.role, file)
+            for model in sources.models
+            for file in model.merged_files(self.recipe.components)
+        ]
+
+    def _verify(self, sources: Sources, device: str) -> bool | None:
+        if sources.target.pipeline is None:
+            _LOG.warning("not verified: the output is a UNet folder, which cannot edit by itself")
+            return None
+        mark = time.perf_counter()
+        self._progress("verify", 0, 1)
+        verify_output(self.final, self.recipe.verify.edits, sources.target, device)
+        self._progress("verify", 1, 1)
+        self._lap("verify", mark)
+        return True
+
+    def _lap(self, stage: str, since: float) -> None:
+        self.seconds[stage] = time.perf_counter() - since
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(stage, done, total)
+
+
+def _copy_checked(folder: OutputFolder, file: SourceFile, name: str, stop: threading.Event) -> str:
+    digest = folder.copy_file(file.path, name, stop)
+    check_digest(file, digest)
+    return digest
