@@ -324,7 +324,7 @@ def _parse_metadata(value: Any) -> dict[str, str]:
 
 
 def _parse_entry(name: str, entry: Any, data_start: int) -> TensorSpec:
-    _check_name(name)
+    check_name(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{name}: an entry must have dtype, shape and data_offsets only")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -352,7 +352,12 @@ def _parse_entry(name: str, entry: Any, data_start: int) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(shape), data_start + begin, expected)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a tensor's name that other tools could not read, show or unpack.
+
+    Raises:
+        CheckpointError: it is empty, too long, or has characters that no key has.
+    """
     try:
         size = len(name.encode())
     except UnicodeEncodeError:

@@ -17,6 +17,15 @@ from types import TracebackType
 
 from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
 from merge.header import LENGTH_BYTES, Header, TensorSpec, parse_header, parse_length
+from merge.pickles import (
+    HEAD_BYTES,
+    MAGIC,
+    PICKLE_SUFFIXES,
+    check_crc32,
+    describe_foreign,
+    read_archive,
+    read_table,
+)
 
 _SCALAR_FORMATS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 
@@ -45,11 +54,21 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """One safetensors file and its parsed header."""
+    """One weight file and where its tensors are.
+
+    Attributes:
+        path: The file.
+        stamp: What it was when its header was read.
+        header: Of a safetensors file; for a pickle the same table, without metadata.
+        is_pickle: True for an archive that `torch.save` wrote.
+        left_out: What a pickle holds besides the tensors of its state dict, with the reasons.
+    """
 
     path: Path
     stamp: FileStamp
     header: Header
+    is_pickle: bool = False
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +86,28 @@ class Checkpoint:
     metadata: Mapping[str, str]
 
     @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """Return what pickles hold besides tensors, each with the reason."""
+        return tuple(entry for file in self.files for entry in file.left_out)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return key to shape."""
         return {key: spec.shape for key, (_, spec) in self.tensors.items()}
 
 
-def read_checkpoint(paths: Sequence[Path]) -> Checkpoint:
+def read_checkpoint(paths: Sequence[Path], *, allow_pickle: bool = False) -> Checkpoint:
     """Read the headers of a model's files; no tensor data.
+
+    Args:
+        paths: One file, or all shards.
+        allow_pickle: Also take archives that `torch.save` wrote. Nothing in them is run.
 
     Raises:
         SourceNotFoundError: a file cannot be opened.
         CheckpointError: a header breaks a rule, or two shards hold the same tensor.
     """
-    files = tuple(read_header(path) for path in paths)
+    files = tuple(read_header(path, allow_pickle=allow_pickle) for path in paths)
     tensors: dict[str, tuple[int, TensorSpec]] = {}
     for index, file in enumerate(files):
         for spec in file.header.tensors:
@@ -90,25 +118,66 @@ def read_checkpoint(paths: Sequence[Path]) -> Checkpoint:
     return Checkpoint(files, tensors, files[0].header.metadata if files else {})
 
 
-def read_header(path: Path) -> CheckpointFile:
-    """Read and check the header of one safetensors file.
+def read_header(path: Path, *, allow_pickle: bool = False) -> CheckpointFile:
+    """Read and check the header of one weight file.
+
+    What a file is, its first bytes decide, not its name.
+
+    Args:
+        path: The file.
+        allow_pickle: Also take an archive that `torch.save` wrote. Nothing in it is run.
 
     Raises:
         SourceNotFoundError: the file cannot be opened.
         CheckpointError: a rule of the format is broken; the message names file and rule.
     """
     with FileReader(path) as reader:
-        stamp = reader.stamp
         try:
-            head = reader.read(0, min(64, stamp.size_bytes))
-            length = parse_length(head, stamp.size_bytes)
-            header = parse_header(reader.read(LENGTH_BYTES, length), stamp.size_bytes)
+            return _read_header(reader, allow_pickle)
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{path}: {error.message}",
-                hint=error.hint or "download the file again, or convert it to safetensors",
-            ) from None
-    return CheckpointFile(path, stamp, header)
+            raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def _read_header(reader: FileReader, allow_pickle: bool) -> CheckpointFile:
+    path, stamp = reader.path, reader.stamp
+    size = stamp.size_bytes
+    head = reader.read(0, min(HEAD_BYTES, size))
+    is_pickle = head.startswith(MAGIC)
+    if (is_pickle or path.suffix in PICKLE_SUFFIXES) and not allow_pickle:
+        raise CheckpointError(
+            "this is no safetensors file: it is a PyTorch checkpoint, a zip archive with a pickle"
+            if is_pickle
+            else "this is no safetensors file",
+            hint="allow_pickle: true in the recipe reads it, without running anything of it",
+        )
+    if is_pickle:
+        table = read_table(reader, size)
+        start = min((spec.start for spec in table.tensors), default=size)
+        header = Header(table.tensors, {}, start, size)
+        return CheckpointFile(path, stamp, header, True, table.left_out)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise describe_foreign(head, path.name)
+    length = parse_length(head[:64], size)
+    return CheckpointFile(path, stamp, parse_header(reader.read(LENGTH_BYTES, length), size))
+
+
+def verify_records(file: CheckpointFile) -> None:
+    """Read a pickle's records once and compare their checksums; memory stays bounded.
+
+    A safetensors file has no checksums, so there is nothing to do for one.
+
+    Raises:
+        CheckpointError: a record is not what was written, although its size is right.
+        IntegrityError: the file changed since its header was read.
+    """
+    if not file.is_pickle:
+        return
+    with FileReader(file.path, file.stamp) as reader:
+        try:
+            for record in read_archive(reader, file.stamp.size_bytes).values():
+                check_crc32(reader, record)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path}: {error.message}", hint=error.hint) from None
 
 
 def read_scalar(file: CheckpointFile, spec: TensorSpec) -> float:
