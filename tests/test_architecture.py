@@ -25,6 +25,7 @@ LAYERS = {
     "reader": 2,
     "writer": 2,
     "digest": 2,
+    "pickles": 2,
     "plan": 3,
     "engine": 3,
     "export": 4,
