@@ -62,7 +62,10 @@ class RowBuilder:
                 self._leave_out_modules(opened)
             else:
                 self._leave_out_keys(opened)
-        if not self.problems and not any(row.is_merged for row in self.rows):
+        idle = [name for name, rows in self.by_component().items() if not _is_merged(rows)]
+        if not self.problems and idle and len(idle) < len(self.recipe.components):
+            self.problems += [f"components: nothing is added to {name}" for name in idle]
+        if not self.problems and not _is_merged(self.rows):
             if self.recipe.allow_noop:
                 self.notes.append("nothing is added: the output is the target")
             else:
@@ -340,3 +343,7 @@ class RowBuilder:
                 pattern = match_exclude(qualified(*place), self.recipe.exclude)
                 reason = f"excluded by {pattern!r}" if pattern else "not used"
             self.left_out += [LeftOut(opened.role, name, reason) for name in adapter.module.names]
+
+
+def _is_merged(rows: list[TensorPlan]) -> bool:
+    return any(row.is_merged for row in rows)

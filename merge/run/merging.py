@@ -105,7 +105,7 @@ class _Job:
         from merge.engine import execute_plan
 
         path = self.folder.partial / component.file_name
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         header = component.header_bytes(self.digest)
         total = component.out_header.file_bytes
         with TensorFileWriter(path, total) as writer:
