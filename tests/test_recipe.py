@@ -413,7 +413,6 @@ def test_models_that_cannot_be(problems: Problems, models: str, problem: str) ->
         ("compute_dtype: float64", "compute_dtype: 'float64' is not one of float32"),
         ("out_dtype: fp16", "out_dtype: 'fp16' is not one of"),
         ("on_overflow: ignore", "on_overflow: 'ignore' is not one of error, clamp, keep_target"),
-        ("allow_pickle: true", "allow_pickle: pickles cannot be read in this version"),
         ("output: {folder: ''}", "output.folder: '' is no path"),
         ("output: {other_dtype: float16}", "output.other_dtype: only keep is available"),
         ("verify: {steps: 0}", "verify.steps: 0 is not within 1 to original_inference_steps (50)"),

@@ -125,8 +125,6 @@ def _check_rules(recipe: Recipe) -> Iterator[str]:
     yield from _choice("compute_dtype", recipe.compute_dtype, ("float32",))
     yield from _choice("out_dtype", recipe.out_dtype, OUT_DTYPES)
     yield from _choice("on_overflow", recipe.on_overflow, OVERFLOW_RULES)
-    if recipe.allow_pickle:
-        yield "allow_pickle: pickles cannot be read in this version, use .safetensors files"
 
 
 def _check_output(recipe: Recipe) -> Iterator[str]:

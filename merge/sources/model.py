@@ -35,6 +35,8 @@ class ComponentFiles:
         export_names: For each file its name in an export: the variant suffix taken off.
         weights: Those of the files that hold its tensors.
         index: The file that says which shard holds which tensor.
+        converted_name: The safetensors file of an export that pickled weights are converted to;
+            empty for weights that are copied.
     """
 
     name: str
@@ -42,6 +44,14 @@ class ComponentFiles:
     export_names: tuple[str, ...]
     weights: tuple[SourceFile, ...] = ()
     index: SourceFile | None = None
+    converted_name: str = ""
+
+    @property
+    def copies(self) -> Mapping[str, SourceFile]:
+        """Return name in an export to file, of everything that is copied byte for byte."""
+        if self.converted_name:
+            return self.companions
+        return dict(zip(self.export_names, self.files, strict=True))
 
     @property
     def companions(self) -> Mapping[str, SourceFile]:
@@ -83,6 +93,7 @@ class ResolvedModel:
         text_encoders: Component to the weight files of a text encoder that it has.
         config_label: Where a single file's configs are from: a folder's name, or a Hub id and
             commit.
+        allow_pickle: The recipe lets its weights be pickles.
     """
 
     role: str
@@ -98,6 +109,7 @@ class ResolvedModel:
     pipeline: Pipeline | None
     text_encoders: Mapping[str, tuple[SourceFile, ...]] = field(default_factory=dict)
     config_label: str = ""
+    allow_pickle: bool = False
 
     def merged_files(self, components: Collection[str]) -> tuple[SourceFile, ...]:
         """Return the weight files whose tensors are read when these components are merged."""

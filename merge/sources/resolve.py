@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge.errors import OfflineError, SourceError, SourceNotFoundError
+from merge.pickles import PICKLE_SUFFIXES
 from merge.recipe.bundled import bundled_folder
 from merge.recipe.schema import ModelRef, Recipe
-from merge.sources.model import ComponentFiles, Pipeline, ResolvedModel, SourceFile, Sources
-from merge.sources.select import (
-    Weights,
-    companion_files,
-    has_weights,
-    plain_name,
-    select_weights,
+from merge.sources.components import (
+    Scope,
+    below,
+    component_files,
+    direct_files,
+    select,
+    select_components,
+    source_files,
+    where_of,
 )
+from merge.sources.model import Pipeline, ResolvedModel, Sources
+from merge.sources.select import PICKLE_HINT, Weights, has_weights
 from merge.sources.store import HubStore, LocalStore, Store
 
-# Libraries whose classes a pipeline may name; anything else is code that came with the model.
-_KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-# Classes whose folders hold no weights.
-_WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 _IN_NO_SINGLE_FILE = ("safety_checker", "feature_extractor", "image_encoder")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _MAX_JSON_BYTES = 16 * 1024 * 1024
@@ -38,19 +39,19 @@ def resolve_sources(recipe: Recipe) -> Sources:
     Raises:
         SourceError: a model is not there, not readable or not of a known layout.
     """
-    models, parts = recipe.models, recipe.components
-    base = None if models.base is None else _resolve(models.base, "base", parts)
+    models, scope = recipe.models, Scope(recipe.components, recipe.allow_pickle)
+    base = None if models.base is None else _resolve(models.base, "base", scope)
     several = len(models.distilled) > 1
     distilled = tuple(
-        _resolve(ref, f"distilled[{index}]" if several else "distilled", parts)
+        _resolve(ref, f"distilled[{index}]" if several else "distilled", scope)
         for index, ref in enumerate(models.distilled)
     )
-    return Sources(_resolve(models.target, "target", parts), distilled, base)
+    return Sources(_resolve(models.target, "target", scope), distilled, base)
 
 
-def _resolve(ref: ModelRef, role: str, components: Collection[str]) -> ResolvedModel:
+def _resolve(ref: ModelRef, role: str, scope: Scope) -> ResolvedModel:
     try:
-        model = _resolve_layout(ref, role, components)
+        model = _resolve_layout(ref, role, scope)
         if unused := _unused_digests(ref, model):
             raise SourceError(f"sha256 names files that are not used: {', '.join(unused)}")
         return model
@@ -59,21 +60,21 @@ def _resolve(ref: ModelRef, role: str, components: Collection[str]) -> ResolvedM
         raise
 
 
-def _resolve_layout(ref: ModelRef, role: str, components: Collection[str]) -> ResolvedModel:
+def _resolve_layout(ref: ModelRef, role: str, scope: Scope) -> ResolvedModel:
     if ref.path is not None:
         path = Path(ref.path)
         if path.is_file():
-            return _resolve_file(ref, role, path)
+            return _resolve_file(ref, role, path, scope)
         if not path.is_dir():
             hint = "paths are relative to the recipe file, those of overrides to this folder"
             if path.is_relative_to(bundled_folder()):
                 hint = "the demo's models are made by `make demo` in a clone of the repository"
             raise SourceNotFoundError(f"there is no file or folder {path}", hint=hint)
-        return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path), components)
+        return _resolve_folder(ref, role, LocalStore.open(path), path.name or str(path), scope)
     assert ref.repo is not None
     store = HubStore.open(ref.repo, ref.revision)
     try:
-        return _resolve_folder(ref, role, store, ref.repo, components)
+        return _resolve_folder(ref, role, store, ref.repo, scope)
     except SourceNotFoundError as error:
         if store.offline:
             # The cache holds only what was downloaded before, so a gap says nothing of the repo.
@@ -85,14 +86,10 @@ def _resolve_layout(ref: ModelRef, role: str, components: Collection[str]) -> Re
         raise
 
 
-def _resolve_file(ref: ModelRef, role: str, path: Path) -> ResolvedModel:
-    if path.suffix != ".safetensors":
-        raise SourceError(
-            f"{path.name} is no .safetensors file",
-            hint="pickles can run code and are not read; use a .safetensors version of the model",
-        )
+def _resolve_file(ref: ModelRef, role: str, path: Path, scope: Scope) -> ResolvedModel:
+    _check_suffix(path.name, scope)
     store = LocalStore(path.parent, frozenset({path.name}))
-    weights = _source_files(ref, store, "", (path.name,))
+    weights = source_files(ref, store, "", (path.name,))
     configs = _open_configs(ref.config, role) if ref.config is not None else _NO_CONFIGS
     return ResolvedModel(
         role=role,
@@ -107,7 +104,15 @@ def _resolve_file(ref: ModelRef, role: str, path: Path) -> ResolvedModel:
         scheduler=configs.scheduler,
         pipeline=configs.pipeline,
         config_label=configs.label,
+        allow_pickle=scope.allow_pickle,
     )
+
+
+def _check_suffix(name: str, scope: Scope) -> None:
+    if name.endswith(PICKLE_SUFFIXES) and not scope.allow_pickle:
+        raise SourceError(f"{name} is no .safetensors file but a pickle", hint=PICKLE_HINT)
+    if not name.endswith((".safetensors", *PICKLE_SUFFIXES)):
+        raise SourceError(f"{name} is no .safetensors file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +159,25 @@ def _pipeline_without_weights(store: Store, label: str) -> Pipeline:
         if name in _IN_NO_SINGLE_FILE and isinstance(entry, list):
             index[name] = [None, None]
             index["requires_safety_checker"] = False
-    selected = _select_components(index, store, "", None, label, with_weights=False)
+    selected = select_components(index, store, "", None, label, None)
     store.fetch([f"{name}/{file}" for name, (_, files) in selected.items() for file in files])
-    return Pipeline(index, _component_files(ModelRef(), store, "", selected))
+    return Pipeline(index, component_files(ModelRef(), store, "", selected))
 
 
 def _resolve_folder(
-    ref: ModelRef, role: str, store: Store, label: str, components: Collection[str]
+    ref: ModelRef, role: str, store: Store, label: str, scope: Scope
 ) -> ResolvedModel:
     prefix = f"{ref.subfolder.strip('/')}/" if ref.subfolder else ""
-    inside = _below(store.names, prefix)
+    inside = below(store.names, prefix)
     if ref.subfolder and not inside:
         raise SourceNotFoundError(f"it has no folder {ref.subfolder}")
     if ref.file is not None:
-        return _resolve_repo_file(ref, role, store, label, prefix)
+        return _resolve_repo_file(ref, role, store, label, prefix, scope)
     is_pipeline = "model_index.json" in inside
-    unet = f"{prefix}unet/" if is_pipeline or _below(inside, "unet/") else prefix
-    weights = _select(store, _direct(store.names, unet), ref.variant, _where(label, unet))
+    unet = f"{prefix}unet/" if is_pipeline or below(inside, "unet/") else prefix
+    weights = select(
+        store, direct_files(store.names, unet), ref.variant, where_of(label, unet), scope
+    )
     needed = {f"{unet}{name}" for name in weights.names}
     config_name = f"{unet}config.json"
     scheduler_name = f"{prefix}scheduler/scheduler_config.json"
@@ -183,13 +190,13 @@ def _resolve_folder(
         index_name = f"{prefix}model_index.json"
         store.fetch([index_name])
         index = _read_json(store.path(index_name))
-        selected = _select_components(index, store, prefix, ref.variant, label)
+        selected = select_components(index, store, prefix, ref.variant, label, scope)
         for component, (chosen, companions) in selected.items():
             names = [*(chosen.names if chosen else ()), *companions]
             needed |= {f"{prefix}{component}/{name}" for name in names}
             if chosen and chosen.index:
                 needed.add(f"{prefix}{component}/{chosen.index}")
-    text = _select_text_encoders(ref, role, store, prefix, label, components)
+    text = _select_text_encoders(ref, role, store, prefix, label, scope)
     for name, chosen in text.items():
         needed |= {f"{prefix}{name}/{file}" for file in chosen.names}
     store.fetch(needed)
@@ -200,11 +207,11 @@ def _resolve_folder(
             _check_index(store.path(f"{prefix}{component}/{chosen.index}"), chosen)
     pipeline = None
     text_encoders = {
-        name: _source_files(ref, store, f"{prefix}{name}/", chosen.names)
+        name: source_files(ref, store, f"{prefix}{name}/", chosen.names)
         for name, chosen in text.items()
     }
     if is_pipeline and role == "target":
-        pipeline = Pipeline(index, _component_files(ref, store, prefix, selected))
+        pipeline = Pipeline(index, component_files(ref, store, prefix, selected))
         text_encoders = {
             part.name: part.weights for part in pipeline.components if part.name in TEXT_ENCODERS
         }
@@ -215,7 +222,7 @@ def _resolve_folder(
         commit=store.commit if isinstance(store, HubStore) else None,
         root=store.path(""),
         is_folder=True,
-        weights=_source_files(ref, store, unet, weights.names),
+        weights=source_files(ref, store, unet, weights.names),
         variant=weights.variant,
         config=_read_json(store.path(config_name)) if config_name in store.names else None,
         scheduler=(
@@ -223,131 +230,51 @@ def _resolve_folder(
         ),
         pipeline=pipeline,
         text_encoders=text_encoders,
+        allow_pickle=scope.allow_pickle,
     )
 
 
 def _select_text_encoders(
-    ref: ModelRef, role: str, store: Store, prefix: str, label: str, components: Collection[str]
+    ref: ModelRef, role: str, store: Store, prefix: str, label: str, scope: Scope
 ) -> dict[str, Weights]:
     """Choose the text encoders of base and distilled that the recipe merges; a target has all."""
     if role == "target":
         return {}
     chosen = {}
     for name in TEXT_ENCODERS:
-        names = _direct(store.names, f"{prefix}{name}/")
-        if name in components and has_weights(names):
-            where = _where(label, f"{prefix}{name}/")
-            chosen[name] = _select(store, names, ref.variant, where)
+        names = direct_files(store.names, f"{prefix}{name}/")
+        if name in scope.components and has_weights(names):
+            where = where_of(label, f"{prefix}{name}/")
+            chosen[name] = select(store, names, ref.variant, where, scope)
     return chosen
 
 
 def _resolve_repo_file(
-    ref: ModelRef, role: str, store: Store, label: str, prefix: str
+    ref: ModelRef, role: str, store: Store, label: str, prefix: str, scope: Scope
 ) -> ResolvedModel:
     assert ref.file is not None
     name = f"{prefix}{ref.file}"
     if name not in store.names:
         raise SourceNotFoundError(f"{label} has no file {name}")
-    if not name.endswith(".safetensors"):
-        raise SourceError(f"{name} is no .safetensors file")
+    _check_suffix(name, scope)
     store.fetch([name])
     commit = store.commit if isinstance(store, HubStore) else None
-    weights = _source_files(ref, store, "", (name,))
+    weights = source_files(ref, store, "", (name,))
     root = store.path("")
-    return ResolvedModel(role, label, ref.repo, commit, root, False, weights, "", None, None, None)
-
-
-def _select(store: Store, names: Collection[str], variant: str | None, where: str) -> Weights:
-    is_partial = isinstance(store, HubStore) and store.offline
-    return select_weights(names, variant, where, is_partial=is_partial)
-
-
-def _select_components(
-    index: Mapping[str, Any],
-    store: Store,
-    prefix: str,
-    variant: str | None,
-    label: str,
-    *,
-    with_weights: bool = True,
-) -> dict[str, tuple[Weights | None, list[str]]]:
-    """Choose the files of every component but the UNet and the scheduler."""
-    selected: dict[str, tuple[Weights | None, list[str]]] = {}
-    for name, entry in sorted(index.items()):
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
-            continue
-        if entry[0] not in _KNOWN_LIBRARIES:
-            raise SourceError(
-                f"component {name} of {label} is code of its own ({entry[0]}.{entry[1]})",
-                hint="only components of diffusers and transformers can be exported",
-            )
-        if name in ("unet", "scheduler"):
-            continue
-        if "/" in name or name.startswith("."):
-            raise SourceError(f"component {name!r} of {label} is no folder name")
-        names = _below(store.names, f"{prefix}{name}/")
-        if not names:
-            raise SourceNotFoundError(f"{label} lacks the folder of its component {name}")
-        where = _where(label, f"{prefix}{name}/")
-        direct = {other for other in names if "/" not in other}
-        is_model = has_weights(direct) or (
-            "config.json" in direct and not str(entry[1]).endswith(_WEIGHTLESS)
-        )
-        weights = _select(store, direct, variant, where) if is_model and with_weights else None
-        if weights and weights.is_sharded:
-            _check_copied_shards(weights, where)
-        selected[name] = (weights, companion_files(names))
-    return selected
-
-
-def _check_copied_shards(weights: Weights, where: str) -> None:
-    """Refuse shards that could not be loaded from an export, which copies them with their index."""
-    if not weights.index:
-        raise SourceNotFoundError(f"{where} has shards and lacks their index")
-    if weights.variant:
-        raise SourceError(
-            f"{where} has its {weights.variant} weights in shards, whose index would name files "
-            "that an export, where the variant's suffix is taken off, does not have",
-            hint="take the plain weights, or save the model again in one file",
-        )
-
-
-def _component_files(
-    ref: ModelRef,
-    store: Store,
-    prefix: str,
-    selected: Mapping[str, tuple[Weights | None, list[str]]],
-) -> tuple[ComponentFiles, ...]:
-    components = []
-    for name, (weights, companions) in selected.items():
-        names = list(companions)
-        exports = [f"{name}/{companion}" for companion in companions]
-        if weights:
-            chosen = [*weights.names, *([weights.index] if weights.index else [])]
-            names += chosen
-            exports += [f"{name}/{plain_name(file, weights.variant)}" for file in chosen]
-        files = _source_files(ref, store, f"{prefix}{name}/", tuple(names))
-        by_name = {file.name.removeprefix(f"{prefix}{name}/"): file for file in files}
-        holding = tuple(by_name[file] for file in (weights.names if weights else ()))
-        index = by_name[weights.index] if weights and weights.index else None
-        components.append(ComponentFiles(name, files, tuple(exports), holding, index))
-    return tuple(components)
-
-
-def _source_files(
-    ref: ModelRef, store: Store, prefix: str, names: tuple[str, ...]
-) -> tuple[SourceFile, ...]:
-    files = []
-    for name in names:
-        full = f"{prefix}{name}"
-        path = store.path(full)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
-        digest = ref.sha256.get(full, store.expected_sha256(full))
-        files.append(SourceFile(full, path, size, digest))
-    return tuple(files)
+    return ResolvedModel(
+        role=role,
+        label=label,
+        repo=ref.repo,
+        commit=commit,
+        root=root,
+        is_folder=False,
+        weights=weights,
+        variant="",
+        config=None,
+        scheduler=None,
+        pipeline=None,
+        allow_pickle=scope.allow_pickle,
+    )
 
 
 def _check_index(path: Path, weights: Weights) -> None:
@@ -372,18 +299,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise SourceError(f"{path} is not a JSON object")
     return tree
-
-
-def _below(names: frozenset[str], prefix: str) -> frozenset[str]:
-    return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-
-
-def _direct(names: frozenset[str], prefix: str) -> frozenset[str]:
-    return frozenset(name for name in _below(names, prefix) if "/" not in name)
-
-
-def _where(label: str, prefix: str) -> str:
-    return f"{label}/{prefix.rstrip('/')}" if prefix else label
 
 
 def _unused_digests(ref: ModelRef, model: ResolvedModel) -> list[str]:

@@ -7,20 +7,30 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from merge.errors import SourceError, SourceNotFoundError
+from merge.pickles import PICKLE_SUFFIXES
 
 # Spellings of the weights of one component, most specific first.
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
+_STEMS = (
+    "diffusion_pytorch_model",
+    "model",
+    "pytorch_model",
+    "pytorch_lora_weights",
+    "adapter_model",
+)
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[^.]+?)"
     r"(?:\.(?P<variant>[A-Za-z0-9_-]+?))?"
     r"(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?"
-    r"\.safetensors"
+    r"(?P<suffix>\.safetensors|\.bin|\.ckpt|\.pt|\.pth)"
 )
 _INDEX_FILE = re.compile(r".+\.(safetensors|bin)\.index(\.[A-Za-z0-9_-]+)?\.json")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLE_HINT = (
+    "use a version of the model with .safetensors files, or set allow_pickle: true, which reads "
+    "pickles without running anything of them"
+)
 # Never copied: weights of other frameworks, and code.
 _NOT_COPIED = (
-    *_PICKLES,
+    *PICKLE_SUFFIXES,
     ".pkl",
     ".pickle",
     ".safetensors",
@@ -55,11 +65,21 @@ class Weights:
         match = _WEIGHT_FILE.fullmatch(self.names[0])
         return match is not None and match["part"] is not None
 
+    @property
+    def is_pickle(self) -> bool:
+        """Return True when the files are pickles."""
+        return self.names[0].endswith(PICKLE_SUFFIXES)
+
 
 def select_weights(
-    names: Collection[str], variant: str | None, where: str, *, is_partial: bool = False
+    names: Collection[str],
+    variant: str | None,
+    where: str,
+    *,
+    is_partial: bool = False,
+    allow_pickle: bool = False,
 ) -> Weights:
-    """Choose the safetensors files of one folder.
+    """Choose the safetensors files of one folder, or its pickles when these are allowed.
 
     The asked variant is taken when the folder has it, else the plain files, else the only variant
     there is: the public targets have no fp16 UNet although other parts have one.
@@ -70,17 +90,22 @@ def select_weights(
         where: The folder's name in messages.
         is_partial: The names are only those in a cache, so that a variant which happens to be there
             alone must not stand in for plain files that are merely not downloaded.
+        allow_pickle: Take pickles of a folder that has no safetensors file.
 
     Raises:
         SourceNotFoundError: no usable weights, or a shard is missing.
         SourceError: several weight files and no rule to choose one.
     """
+    suffixes = (".safetensors", *(PICKLE_SUFFIXES if allow_pickle else ()))
+    found = [match for name in sorted(names) if (match := _WEIGHT_FILE.fullmatch(name))]
+    suffix = next((s for s in suffixes if any(match["suffix"] == s for match in found)), "")
     groups: dict[tuple[str, str], list[tuple[str, re.Match[str]]]] = {}
-    for name in sorted(names):
-        if match := _WEIGHT_FILE.fullmatch(name):
-            groups.setdefault((match["stem"], match["variant"] or ""), []).append((name, match))
+    for match in found:
+        if match["suffix"] == suffix:
+            key = (match["stem"], match["variant"] or "")
+            groups.setdefault(key, []).append((match.string, match))
     stem = _choose_stem({stem for stem, _ in groups}, names, where)
-    variants = sorted(found for other, found in groups if other == stem)
+    variants = sorted(each for other, each in groups if other == stem)
     if variant in variants:
         chosen = variant or ""
     elif "" in variants:
@@ -99,13 +124,13 @@ def select_weights(
     if whole:
         return Weights((whole[0],), None, chosen)
     _check_shards(members, where)
-    index = f"{stem}.safetensors.index{f'.{chosen}' if chosen else ''}.json"
+    index = f"{stem}{suffix}.index{f'.{chosen}' if chosen else ''}.json"
     return Weights(tuple(name for name, _ in members), index if index in names else None, chosen)
 
 
 def has_weights(names: Collection[str]) -> bool:
     """Return True when the folder of one component holds weights in any format."""
-    return any(name.endswith((".safetensors", *_PICKLES)) for name in names)
+    return any(name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
 
 
 def companion_files(names: Collection[str]) -> list[str]:
@@ -123,9 +148,18 @@ def plain_name(name: str, variant: str) -> str:
     """Take the variant suffix off a weight or index file's name."""
     if not variant:
         return name
-    name = name.replace(f".{variant}.safetensors", ".safetensors")
+    for suffix in (".safetensors", *PICKLE_SUFFIXES):
+        name = name.replace(f".{variant}{suffix}", suffix)
     name = name.replace(f".{variant}-", "-")
     return name.replace(f".index.{variant}.json", ".index.json")
+
+
+def converted_name(name: str, variant: str) -> str:
+    """Return the name of the safetensors file that a pickle, or all its shards, become."""
+    match = _WEIGHT_FILE.fullmatch(plain_name(name, variant))
+    stem = match["stem"] if match is not None else name.partition(".")[0]
+    # transformers' own name for the same weights in the other format.
+    return f"{'model' if stem == 'pytorch_model' else stem}.safetensors"
 
 
 def _choose_stem(stems: set[str], names: Collection[str], where: str) -> str:
@@ -139,11 +173,11 @@ def _choose_stem(stems: set[str], names: Collection[str], where: str) -> str:
             f"{where} has several weight files: {', '.join(sorted(stems))}",
             hint="name one: `file:` for a Hub repo, or the file's own path",
         )
-    pickles = [name for name in sorted(names) if name.endswith(_PICKLES)]
+    pickles = [name for name in sorted(names) if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise SourceError(
             f"{where} has its weights only as a pickle ({pickles[0]}), which can run code",
-            hint="use a version of the model with .safetensors files",
+            hint=PICKLE_HINT,
         )
     raise SourceNotFoundError(
         f"{where} has no .safetensors file",

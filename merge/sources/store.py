@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from merge.errors import SourceError, SourceNotFoundError
+from merge.pickles import PICKLE_SUFFIXES
 
 
 class Store(Protocol):
@@ -145,7 +146,8 @@ class HubStore:
         if self.offline:
             return
         # Weights last: offline, a snapshot that has them has everything that goes with them.
-        for name in sorted(names, key=lambda name: (name.endswith(".safetensors"), name)):
+        weights = (".safetensors", *PICKLE_SUFFIXES)
+        for name in sorted(names, key=lambda name: (name.endswith(weights), name)):
             with hub_errors(self.repo, self.commit):
                 path = Path(hf_hub_download(self.repo, name, revision=self.commit))
             if path != self.path(name):

@@ -1,0 +1,161 @@
+"""The files of a pipeline's components: which weights, and what goes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge.errors import SourceError, SourceNotFoundError
+from merge.recipe.schema import ModelRef
+from merge.sources.model import ComponentFiles, SourceFile
+from merge.sources.select import (
+    Weights,
+    companion_files,
+    converted_name,
+    has_weights,
+    plain_name,
+    select_weights,
+)
+from merge.sources.store import HubStore, Store
+
+# Libraries whose classes a pipeline may name; anything else is code that came with the model.
+_KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+# Classes whose folders hold no weights.
+_WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What of a recipe decides which files are used.
+
+    Attributes:
+        components: What the recipe merges.
+        allow_pickle: Pickles are taken where there is no safetensors file.
+    """
+
+    components: Collection[str]
+    allow_pickle: bool
+
+
+def select(
+    store: Store, names: Collection[str], variant: str | None, where: str, scope: Scope
+) -> Weights:
+    """Choose the weights of one folder."""
+    is_partial = isinstance(store, HubStore) and store.offline
+    return select_weights(
+        names, variant, where, is_partial=is_partial, allow_pickle=scope.allow_pickle
+    )
+
+
+def select_components(
+    index: Mapping[str, Any],
+    store: Store,
+    prefix: str,
+    variant: str | None,
+    label: str,
+    scope: Scope | None,
+) -> dict[str, tuple[Weights | None, list[str]]]:
+    """Choose the files of every component but the UNet and the scheduler.
+
+    Without a scope, no weights.
+    """
+    selected: dict[str, tuple[Weights | None, list[str]]] = {}
+    for name, entry in sorted(index.items()):
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        if entry[0] not in _KNOWN_LIBRARIES:
+            raise SourceError(
+                f"component {name} of {label} is code of its own ({entry[0]}.{entry[1]})",
+                hint="only components of diffusers and transformers can be exported",
+            )
+        if name in ("unet", "scheduler"):
+            continue
+        if "/" in name or name.startswith("."):
+            raise SourceError(f"component {name!r} of {label} is no folder name")
+        names = below(store.names, f"{prefix}{name}/")
+        if not names:
+            raise SourceNotFoundError(f"{label} lacks the folder of its component {name}")
+        where = where_of(label, f"{prefix}{name}/")
+        direct = {other for other in names if "/" not in other}
+        is_model = has_weights(direct) or (
+            "config.json" in direct and not str(entry[1]).endswith(_WEIGHTLESS)
+        )
+        weights = select(store, direct, variant, where, scope) if is_model and scope else None
+        if weights and weights.is_sharded and not weights.is_pickle:
+            _check_copied_shards(weights, where)
+        selected[name] = (weights, companion_files(names))
+    return selected
+
+
+def _check_copied_shards(weights: Weights, where: str) -> None:
+    """Refuse shards that could not be loaded from an export, which copies them with their index."""
+    if not weights.index:
+        raise SourceNotFoundError(f"{where} has shards and lacks their index")
+    if weights.variant:
+        raise SourceError(
+            f"{where} has its {weights.variant} weights in shards, whose index would name files "
+            "that an export, where the variant's suffix is taken off, does not have",
+            hint="take the plain weights, or save the model again in one file",
+        )
+
+
+def component_files(
+    ref: ModelRef,
+    store: Store,
+    prefix: str,
+    selected: Mapping[str, tuple[Weights | None, list[str]]],
+) -> tuple[ComponentFiles, ...]:
+    """Return the files of the chosen components, with their names in an export."""
+    components = []
+    for name, (weights, companions) in selected.items():
+        names = list(companions)
+        exports = [f"{name}/{companion}" for companion in companions]
+        converted = index_name = ""
+        if weights and weights.is_pickle:
+            converted = f"{name}/{converted_name(weights.names[0], weights.variant)}"
+            names += weights.names
+            exports += [converted] * len(weights.names)
+        elif weights:
+            index_name = weights.index or ""
+            chosen = [*weights.names, *([index_name] if index_name else [])]
+            names += chosen
+            exports += [f"{name}/{plain_name(file, weights.variant)}" for file in chosen]
+        files = source_files(ref, store, f"{prefix}{name}/", tuple(names))
+        by_name = {file.name.removeprefix(f"{prefix}{name}/"): file for file in files}
+        holding = tuple(by_name[file] for file in (weights.names if weights else ()))
+        index = by_name[index_name] if index_name else None
+        components.append(ComponentFiles(name, files, tuple(exports), holding, index, converted))
+    return tuple(components)
+
+
+def source_files(
+    ref: ModelRef, store: Store, prefix: str, names: tuple[str, ...]
+) -> tuple[SourceFile, ...]:
+    """Return files that were fetched, with sizes and what their digests should be."""
+    files = []
+    for name in names:
+        full = f"{prefix}{name}"
+        path = store.path(full)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
+        digest = ref.sha256.get(full, store.expected_sha256(full))
+        files.append(SourceFile(full, path, size, digest))
+    return tuple(files)
+
+
+def below(names: frozenset[str], prefix: str) -> frozenset[str]:
+    """Return the names below a folder, relative to it."""
+    return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def direct_files(names: frozenset[str], prefix: str) -> frozenset[str]:
+    """Return the names in a folder, without those of its folders."""
+    return frozenset(name for name in below(names, prefix) if "/" not in name)
+
+
+def where_of(label: str, prefix: str) -> str:
+    """Return a folder's name in messages."""
+    return f"{label}/{prefix.rstrip('/')}" if prefix else label
