@@ -26,6 +26,7 @@ LAYERS = {
     "writer": 2,
     "digest": 2,
     "pickles": 2,
+    "layout": 3,
     "plan": 3,
     "engine": 3,
     "export": 4,
