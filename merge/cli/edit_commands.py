@@ -140,6 +140,11 @@ def _timesteps(
     type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
     help="auto: float16 on a GPU, float32 on the CPU.",
 )
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="For a single file: the pipeline folder with its tokenizers and configs.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace output pictures.")
 @json_option
 @common_options
@@ -148,6 +153,7 @@ def edit_command(
     words: tuple[str, ...],
     output: Path | None,
     folder: Path | None,
+    config: Path | None,
     seeds: tuple[int, ...],
     batch_size: int,
     device: str,
@@ -156,7 +162,9 @@ def edit_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Edit IMAGE as INSTRUCTION says, with an exported CHECKPOINT folder, in a few steps.
+    """Edit IMAGE as INSTRUCTION says, with an exported CHECKPOINT, in a few steps.
+
+    CHECKPOINT is a pipeline folder, or a single file together with --config.
 
     Every PNG holds its instruction and settings in its text chunks. The last line on stdout is the
     picture that was written, or with --images the folder. A file there that is no picture is named
@@ -185,7 +193,7 @@ def edit_command(
     settings = EditSettings(seed=seeds[0], **options)
     # A wrong picture is said before the model is loaded.
     picture = load_image(image) if image is not None else None
-    editor = load_editor(checkpoint, device=device, dtype=dtype)
+    editor = load_editor(checkpoint, config=config, device=device, dtype=dtype)
     for line in editor.warnings_for(settings):
         _LOG.warning("%s", line)
     work = _Work(editor, settings, instruction, targets, picture)

@@ -95,15 +95,22 @@ class Editor:
 
 
 def load_editor(
-    folder: str | Path, *, device: str = "auto", dtype: str = "auto", scheduler: str = "lcm"
+    folder: str | Path,
+    *,
+    config: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    scheduler: str = "lcm",
 ) -> Editor:
-    """Load an exported folder for editing.
+    """Load an exported folder or single file for editing.
 
     The safety checker of the checkpoint, if it has one, is not loaded: it paints pictures black,
     which a check of a merge would take for a broken one.
 
     Args:
-        folder: A diffusers InstructPix2Pix pipeline; nothing is downloaded.
+        folder: A diffusers InstructPix2Pix pipeline, or a single LDM/SGM file; nothing is
+            downloaded.
+        config: For a single file the pipeline folder with its tokenizers and configs.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: `auto` (float16 on a GPU, float32 on the CPU), `float16`, `bfloat16`, `float32`.
         scheduler: `lcm`: LCMScheduler, in place of another unless the folder is an export of this
@@ -123,10 +130,11 @@ def load_editor(
         dtype = "float32" if where.type == "cpu" else "float16"
     if dtype not in _DTYPES:
         raise DeviceError(f"{dtype!r} is no dtype to edit in", hint=f"use {', '.join(_DTYPES)}")
-    class_name = _pipeline_class(folder)
-    pipeline = _load_pipeline(folder, class_name, _DTYPES[dtype])
+    configs = _config_folder(folder, config)
+    class_name = _pipeline_class(configs)
+    pipeline = _load_pipeline(folder, configs, class_name, _DTYPES[dtype])
     _check_channels(folder, pipeline)
-    if scheduler == "lcm" and not (folder / "merge_manifest.json").is_file():
+    if scheduler == "lcm" and not (configs / "merge_manifest.json").is_file():
         _use_lcm(folder, pipeline)
     vae = pipeline.vae
     if class_name == _SDXL and vae.dtype == torch.float16 and vae.config.force_upcast:
@@ -140,7 +148,19 @@ def load_editor(
         ) from error
 
 
-def _load_pipeline(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
+def _config_folder(checkpoint: Path, config: str | Path | None) -> Path:
+    """Return the folder with the configs: a single file needs one beside it."""
+    if not checkpoint.is_file():
+        return checkpoint
+    if config is None:
+        raise SourceNotFoundError(
+            f"{checkpoint} is a single file, which has no tokenizers and configs",
+            hint="name a pipeline folder that has them with --config",
+        )
+    return Path(config)
+
+
+def _load_pipeline(folder: Path, configs: Path, class_name: str, dtype: torch.dtype) -> Any:
     import diffusers
 
     diffusers.logging.disable_progress_bar()
@@ -153,9 +173,17 @@ def _load_pipeline(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
         with warnings.catch_warnings():
             # Of the libraries about one another, such as a scheduler's about numpy.
             warnings.simplefilter("ignore")
-            return getattr(diffusers, class_name).from_pretrained(
-                folder, dtype=dtype, local_files_only=True, **extra
-            )
+            pipeline = getattr(diffusers, class_name)
+            if folder.is_file():
+                # Without `config` an 8-channel SDXL file would be taken for a plain one.
+                return pipeline.from_single_file(
+                    str(folder),
+                    config=str(configs),
+                    torch_dtype=dtype,
+                    local_files_only=True,
+                    **extra,
+                )
+            return pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **extra)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} does not load: {error}") from error
 
