@@ -7,7 +7,7 @@ change is written sorted, with the target's `_diffusers_version` kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from merge.manifest import json_bytes
@@ -52,10 +52,13 @@ class ExportFiles:
     Attributes:
         copies: Name in the export to the file that is copied there.
         written: Name in the export to bytes that we write.
+        converted: Name in the export to the pickles whose tensors go there: pickles are never
+            copied.
     """
 
     copies: Mapping[str, SourceFile]
     written: Mapping[str, bytes]
+    converted: Mapping[str, tuple[SourceFile, ...]] = field(default_factory=dict)
 
 
 def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> ExportFiles:
@@ -82,10 +85,12 @@ def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> Expor
     )
     merged = {component.name for component in plan.components}
     copies: dict[str, SourceFile] = {}
+    converted: dict[str, tuple[SourceFile, ...]] = {}
     for part in pipeline.components:
-        files = zip(part.export_names, part.files, strict=True)
-        copies |= part.companions if part.name in merged else dict(files)
-    return ExportFiles(copies, written)
+        copies |= part.companions if part.name in merged else part.copies
+        if part.converted_name and part.name not in merged:
+            converted[part.converted_name] = part.weights
+    return ExportFiles(copies, written, converted)
 
 
 def scheduler_config(

@@ -161,23 +161,27 @@ def _read_header(reader: FileReader, allow_pickle: bool) -> CheckpointFile:
     return CheckpointFile(path, stamp, parse_header(reader.read(LENGTH_BYTES, length), size))
 
 
-def verify_records(file: CheckpointFile) -> None:
+def verify_records(path: Path, stamp: FileStamp) -> None:
     """Read a pickle's records once and compare their checksums; memory stays bounded.
 
     A safetensors file has no checksums, so there is nothing to do for one.
+
+    Args:
+        path: The file.
+        stamp: What it was when its header was read.
 
     Raises:
         CheckpointError: a record is not what was written, although its size is right.
         IntegrityError: the file changed since its header was read.
     """
-    if not file.is_pickle:
-        return
-    with FileReader(file.path, file.stamp) as reader:
+    with FileReader(path, stamp) as reader:
+        if reader.read(0, min(len(MAGIC), stamp.size_bytes)) != MAGIC:
+            return
         try:
-            for record in read_archive(reader, file.stamp.size_bytes).values():
+            for record in read_archive(reader, stamp.size_bytes).values():
                 check_crc32(reader, record)
         except CheckpointError as error:
-            raise CheckpointError(f"{file.path}: {error.message}", hint=error.hint) from None
+            raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
 
 
 def read_scalar(file: CheckpointFile, spec: TensorSpec) -> float:

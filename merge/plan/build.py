@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from merge.errors import PlanError
 from merge.header import encode_header
 from merge.methods import METHODS
-from merge.plan.compat import OpenedSources, describe_roles, open_sources
+from merge.plan.compat import OpenedSources, describe_roles, open_sources, read_converted
 from merge.plan.model import (
     DIGEST_KEY,
     DIGEST_PLACEHOLDER,
@@ -60,6 +60,7 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         _component(name, rows, _metadata(recipe, opened, name))
         for name, rows in builder.by_component().items()
     )
+    converted = read_converted(sources.target, [part.name for part in components])
     copy_bytes = _copy_bytes(sources, components)
     merged_bytes = sum(part.out_header.file_bytes for part in components)
     return MergePlan(
@@ -69,7 +70,7 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         architecture=opened.target.unet.family,
         files=tuple(builder.inputs.files),
         components=components,
-        left_out=tuple(builder.left_out),
+        left_out=(*builder.left_out, *converted),
         notes=(*describe_roles(opened), *builder.notes),
         copy_bytes=copy_bytes,
         single_file_bytes=merged_bytes + copy_bytes if recipe.output.single_file else 0,

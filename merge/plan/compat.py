@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge.errors import PlanError
@@ -16,7 +16,7 @@ from merge.lora import is_lora
 from merge.plan.interim import split_single_file
 from merge.plan.model import LeftOut
 from merge.reader import Checkpoint, read_checkpoint
-from merge.sources import ResolvedModel, Sources
+from merge.sources import ResolvedModel, SourceFile, Sources
 
 _DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
@@ -96,17 +96,43 @@ def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSo
 
 
 def _open(model: ResolvedModel) -> Opened:
-    checkpoint = read_checkpoint([file.path for file in model.weights])
+    checkpoint = _read(model, model.weights)
     names = checkpoint.tensors
     marker = next((name for name in EDM_MARKERS if name in names), "")
     if any(name.startswith(LDM_UNET_PREFIX) for name in names):
         return _open_single_file(model, checkpoint, marker)
-    text = {
-        name: read_checkpoint([file.path for file in files])
-        for name, files in model.text_encoders.items()
-    }
+    text = {name: _read(model, files) for name, files in model.text_encoders.items()}
     unet = None if is_lora(names) else detect_unet(checkpoint.shapes)
-    return Opened(model, checkpoint, unet, text, edm_marker=marker)
+    left_out = _besides_tensors(model, checkpoint, *text.values())
+    return Opened(model, checkpoint, unet, text, left_out, marker)
+
+
+def _read(model: ResolvedModel, files: Sequence[SourceFile]) -> Checkpoint:
+    return read_checkpoint([file.path for file in files], allow_pickle=model.allow_pickle)
+
+
+def _besides_tensors(model: ResolvedModel, *checkpoints: Checkpoint) -> tuple[LeftOut, ...]:
+    """List what pickles hold besides tensors, such as the state of a training."""
+    return tuple(
+        LeftOut(model.role, key, reason)
+        for checkpoint in checkpoints
+        for key, reason in checkpoint.left_out
+    )
+
+
+def read_converted(target: ResolvedModel, merged: Collection[str]) -> tuple[LeftOut, ...]:
+    """Read the headers of pickles that an export converts, and list what it leaves out.
+
+    Args:
+        target: The model whose components are exported.
+        merged: Components whose weights are written by the merge.
+
+    Raises:
+        CheckpointError: a pickle cannot be read; better now than after the merge.
+    """
+    parts = target.pipeline.components if target.pipeline is not None else ()
+    converted = [part for part in parts if part.converted_name and part.name not in merged]
+    return _besides_tensors(target, *(_read(target, part.weights) for part in converted))
 
 
 def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str) -> Opened:
@@ -121,7 +147,10 @@ def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str)
             for name in checkpoint.tensors
             if name not in parts.unet and name not in reasons
         }
-    left_out = tuple(LeftOut(model.role, name, reasons[name]) for name in sorted(reasons))
+    left_out = (
+        *(LeftOut(model.role, name, reasons[name]) for name in sorted(reasons)),
+        *_besides_tensors(model, checkpoint),
+    )
     return Opened(model, unet, detect_unet(unet.shapes), {}, left_out, marker)
 
 

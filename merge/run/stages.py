@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge.export import plan_export
+from merge.export import ExportFiles, plan_export
 from merge.manifest import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -22,6 +22,7 @@ from merge.manifest import (
 from merge.plan import MergePlan, build_plan
 from merge.recipe import Recipe
 from merge.run.background import Background
+from merge.run.checkpoints import check_records, convert_weights
 from merge.run.closing import check_pictures, verify_output
 from merge.run.inputs import InputFile, check_digest, check_not_an_input, digest_inputs
 from merge.run.merging import merge_components
@@ -107,16 +108,21 @@ class _Run:
     ) -> tuple[str, dict[str, FileRecord]]:
         export = plan_export(self.recipe, plan, sources.target)
         digests = digest_inputs(
-            self._hashed(sources),
+            self._hashed(sources, export),
             lambda done, total: self._progress("hash", done, total),
             self._lap,
         )
+        check_records(plan.files)
         digest = recipe_digest(self.recipe, sources, digests)
         with Background() as background:
             mark = time.perf_counter()
             copies = {
                 name: background.submit(_copy_checked, folder, file, name, background.stop)
                 for name, file in export.copies.items()
+            }
+            conversions = {
+                name: background.submit(convert_weights, folder, pickles, name, background.stop)
+                for name, pickles in export.converted.items()
             }
             merged = merge_components(
                 folder,
@@ -132,6 +138,7 @@ class _Run:
                 source = export.copies[name]
                 files[name] = FileRecord(source.size_bytes, future.result())
                 digests["target", source.name] = files[name].sha256
+            files |= {name: future.result() for name, future in conversions.items()}
             self._lap("merge_and_copy", mark)
         self.seconds |= merged.seconds
         mark = time.perf_counter()
@@ -146,13 +153,15 @@ class _Run:
         folder.write_file(RUN_NAME, json_bytes(run))
         return digest, files
 
-    def _hashed(self, sources: Sources) -> list[InputFile]:
+    def _hashed(self, sources: Sources, export: ExportFiles) -> list[InputFile]:
         """Return every input file that is read and not copied."""
-        return [
+        files = [
             (model.role, file)
             for model in sources.models
             for file in model.merged_files(self.recipe.components)
         ]
+        converted = (file for group in export.converted.values() for file in group)
+        return [*files, *(("target", file) for file in converted)]
 
     def _verify(self, sources: Sources, device: str) -> bool | None:
         if sources.target.pipeline is None:

@@ -69,7 +69,7 @@ def measure_weights(
         CheckpointError: a file breaks its format.
     """
     ours = read_checkpoint(merged)
-    theirs = read_checkpoint(target) if target else None
+    theirs = read_checkpoint(target, allow_pickle=True) if target else None
     if theirs is not None and not _is_comparable(ours, theirs):
         theirs = None
     non_finite: dict[str, int] = {}
