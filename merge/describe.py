@@ -12,6 +12,7 @@ from merge.header import DTYPE_WORDS
 from merge.keymap import LDM_UNET_PREFIX, detect_unet
 from merge.lora import is_lora
 from merge.manifest import read_locked_recipe, read_manifest
+from merge.pickles import PICKLE_SUFFIXES
 from merge.plan.model import DIGEST_KEY
 from merge.plan.render import format_bytes
 from merge.reader import Checkpoint, read_checkpoint
@@ -23,7 +24,7 @@ def describe_path(path: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values: `path, layout, architecture, in_channels, tensors, parameters, dtypes,
-        size_bytes, metadata`, and for a pipeline `pipeline, scheduler, components`; for an output
+        size_bytes, metadata`, for pickles `pickle, left_out`, and for a pipeline `pipeline, scheduler, components`; for an output
         of this tool also `recipe, recipe_digest, parents, files`.
 
     Raises:
@@ -32,16 +33,14 @@ def describe_path(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise SourceError(
-                f"{path} is no .safetensors file", hint="pickles can run code and are not read"
-            )
+        if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+            raise SourceError(f"{path} is no weight file: its name ends in none of their suffixes")
         return {"path": str(path), **_describe_weights([path], "")}
     if not path.is_dir():
         raise SourceNotFoundError(f"there is no file or folder {path}")
     unet = path / "unet" if (path / "unet").is_dir() else path
     names = {entry.name for entry in unet.iterdir() if entry.is_file()}
-    weights = select_weights(names, None, str(unet))
+    weights = select_weights(names, None, str(unet), allow_pickle=True)
     index = path / "model_index.json"
     layout = "diffusers pipeline" if index.is_file() else "diffusers folder"
     tree = {
@@ -71,6 +70,8 @@ def render_description(tree: dict[str, Any]) -> str:
         ),
         "dtypes        " + ", ".join(f"{k} ({v})" for k, v in tree["dtypes"].items()),
     ]
+    if tree.get("pickle"):
+        lines.append("format        a PyTorch pickle, read without running anything of it")
     if tree["in_channels"] is not None:
         lines.append(f"in_channels   {tree['in_channels']}")
     lines += [f"{name:<13} {tree[name]}" for name in ("pipeline", "scheduler") if name in tree]
@@ -87,13 +88,15 @@ def render_description(tree: dict[str, Any]) -> str:
         lines.append(f"{role:<13} {name}")
     for name, record in (tree.get("files") or {}).items():
         lines.append(f"  {record['sha256']}  {name}")
+    lines += [f"not a tensor  {key}: {reason}" for key, reason in tree.get("left_out", ())]
     if not recipe:
         lines += [f"  {key} = {value!r}"[:200] for key, value in sorted(tree["metadata"].items())]
     return "\n".join(lines)
 
 
 def _describe_weights(paths: list[Path], layout: str) -> dict[str, Any]:
-    checkpoint = read_checkpoint(paths)
+    # Describing a pickle is as safe as describing a header: neither runs anything.
+    checkpoint = read_checkpoint(paths, allow_pickle=True)
     unet = detect_unet(checkpoint.shapes)
     dtypes = Counter(spec.dtype for _, spec in checkpoint.tensors.values())
     parameters = sum(spec.element_count for _, spec in checkpoint.tensors.values())
@@ -107,6 +110,11 @@ def _describe_weights(paths: list[Path], layout: str) -> dict[str, Any]:
         "size_bytes": sum(file.stamp.size_bytes for file in checkpoint.files),
         "metadata": dict(checkpoint.metadata),
         "recipe_digest": checkpoint.metadata.get(DIGEST_KEY),
+        **(
+            {"pickle": True, "left_out": [list(item) for item in checkpoint.left_out]}
+            if any(file.is_pickle for file in checkpoint.files)
+            else {}
+        ),
     }
 
 
