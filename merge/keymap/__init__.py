@@ -13,6 +13,8 @@ from merge.keymap.architecture import (
 from merge.keymap.blocks import block_order, is_block_name, unet_blocks
 from merge.keymap.kohya import kohya_stems
 from merge.keymap.one_to_one import one_to_one
+from merge.keymap.pairs import KeyPair
+from merge.keymap.single_file import SplitFile, join_single_file, split_single_file
 from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
 
 __all__ = [
@@ -20,13 +22,17 @@ __all__ = [
     "EDM_MARKERS",
     "GUIDANCE_EMBEDDING",
     "LDM_UNET_PREFIX",
+    "KeyPair",
+    "SplitFile",
     "UNetArchitecture",
     "block_order",
     "detect_unet",
     "is_block_name",
+    "join_single_file",
     "kohya_stems",
     "ldm_to_unet",
     "one_to_one",
+    "split_single_file",
     "unet_blocks",
     "unet_to_ldm",
 ]

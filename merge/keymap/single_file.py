@@ -1,0 +1,147 @@
+"""A single LDM/SGM file: which keys belong to which component, and which are left out and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from merge.errors import CheckpointError
+from merge.keymap.architecture import EDM_MARKERS
+from merge.keymap.pairs import KeyPair, checked_pairs, strip
+from merge.keymap.text import (
+    SD15_TEXT_PREFIX,
+    SDXL_TEXT_2_PREFIX,
+    SDXL_TEXT_PREFIX,
+    clip_to_single,
+    open_clip_to_single,
+    single_to_clip,
+    single_to_open_clip,
+)
+from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
+from merge.keymap.vae import VAE_PREFIX, single_to_vae, vae_to_single
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_PREFIXES = (
+    LDM_UNET_PREFIX,
+    VAE_PREFIX,
+    SD15_TEXT_PREFIX,
+    SDXL_TEXT_PREFIX,
+    SDXL_TEXT_2_PREFIX,
+)
+_SCHEDULE = re.compile(
+    r"(?:sqrt_|log_|one_minus_|recip_|recipm1_)*(?:alphas_cumprod|betas)(?:_prev)?"
+    r"|posterior_\w+|logvar|lvlb_weights|denoiser\.(?:sigmas|log_sigmas)"
+)
+# Keys of training and of other tools, and why they are in no other layout.
+_LEFT_OUT: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"model_ema\..+"),
+        "a moving average kept for training; the plain weights are used",
+    ),
+    (_SCHEDULE, "a constant of the noise schedule, which the scheduler's config holds"),
+    (re.compile(r"(?:.+\.)?logit_scale"), "of CLIP's training; no text encoder uses it"),
+    (
+        re.compile(r"first_stage_model\.(?:loss|model_ema|discriminator)\..+"),
+        "of the VAE's training",
+    ),
+    (re.compile(r"(?:optimizer\w*|lr_scheduler\w*|callbacks|loops)(?:\..+)?"), "of training"),
+    (re.compile(r"scale_factor|v_pred|ztsnr"), "a marker, not a weight"),
+    (re.compile(r"cond_stage_model\.transformer\.vision_model\..+"), "CLIP's picture half"),
+)
+# Roots of a UNet outside of `model.diffusion_model.`.
+_OTHER_UNETS = ("conv_in.weight", "unet.conv_in.weight", "diffusion_model.input_blocks.0.0.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitFile:
+    """The keys of a single file.
+
+    Attributes:
+        pairs: Component to its tensors, for the components that the file has.
+        left_out: Key to the reason why it is used by none.
+    """
+
+    pairs: Mapping[str, tuple[KeyPair, ...]]
+    left_out: Mapping[str, str]
+
+    @property
+    def unet(self) -> dict[str, str]:
+        """Return single-file key to diffusers key of the UNet; only names differ."""
+        return {pair.single: pair.folder for pair in self.pairs.get("unet", ())}
+
+
+def split_single_file(names: Collection[str]) -> SplitFile:
+    """Sort the keys of a single file by component.
+
+    Raises:
+        CheckpointError: a key is unknown, the file has two UNets, or a map is not one-to-one.
+    """
+    other = next((name for name in _OTHER_UNETS if name in names), None)
+    if other is not None:
+        root = other.removesuffix("conv_in.weight").removesuffix("input_blocks.0.0.weight")
+        raise CheckpointError(
+            f"the file has two UNets: {LDM_UNET_PREFIX}* and {root}*",
+            hint="save the one that you mean in a file of its own",
+        )
+    left_out = {name: reason for name in sorted(names) if (reason := _reason(name))}
+    rest = [name for name in names if name not in left_out]
+    unknown = sorted(name for name in rest if not name.startswith(_PREFIXES))
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
+        raise CheckpointError(
+            f"keys that belong to no part of an LDM/SGM file: {shown}",
+            hint="only Stable Diffusion 1.x and XL files are known",
+        )
+    unet = ldm_to_unet(strip(rest, LDM_UNET_PREFIX))
+    pairs = {
+        "unet": checked_pairs(
+            (KeyPair(key, LDM_UNET_PREFIX + name) for name, key in unet.items()), "UNet keys"
+        ),
+        "vae": single_to_vae(rest),
+        "text_encoder": (
+            *single_to_clip(rest, SD15_TEXT_PREFIX),
+            *single_to_clip(rest, SDXL_TEXT_PREFIX),
+        ),
+        "text_encoder_2": single_to_open_clip(rest),
+    }
+    return SplitFile({name: found for name, found in pairs.items() if found}, left_out)
+
+
+def join_single_file(keys: Mapping[str, Collection[str]]) -> SplitFile:
+    """Give the keys of a folder's components their names in a single file.
+
+    Args:
+        keys: Component to its keys; with `text_encoder_2` the file is an SGM one (SDXL).
+
+    Raises:
+        CheckpointError: a key has no name there, or a map is not one-to-one.
+    """
+    is_xl = "text_encoder_2" in keys
+    unet = unet_to_ldm(keys["unet"])
+    pairs = {"unet": tuple(KeyPair(key, LDM_UNET_PREFIX + name) for key, name in unet.items())}
+    left_out: dict[str, str] = {}
+    if "vae" in keys:
+        pairs["vae"] = vae_to_single(keys["vae"])
+    if "text_encoder" in keys:
+        prefix = SDXL_TEXT_PREFIX if is_xl else SD15_TEXT_PREFIX
+        pairs["text_encoder"] = clip_to_single(keys["text_encoder"], prefix)
+    if is_xl:
+        pairs["text_encoder_2"] = open_clip_to_single(keys["text_encoder_2"])
+        used = {pair.folder for pair in pairs["text_encoder_2"]}
+        for key in sorted(set(keys["text_encoder_2"]) - used):
+            left_out[f"text_encoder_2.{key}"] = "a constant, which OpenCLIP does not store"
+    # Two components may spell a key alike; in the one file their names must differ.
+    qualified = (
+        replace(pair, folder=f"{component}.{pair.folder}")
+        for component, found in pairs.items()
+        for pair in found
+    )
+    checked_pairs(qualified, "single-file keys")
+    return SplitFile(pairs, left_out)
+
+
+def _reason(name: str) -> str:
+    if name in EDM_MARKERS:
+        return "the marker of an EDM v-prediction model"
+    return next((reason for pattern, reason in _LEFT_OUT if pattern.fullmatch(name)), "")
