@@ -24,8 +24,9 @@ def describe_path(path: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values: `path, layout, architecture, in_channels, tensors, parameters, dtypes,
-        size_bytes, metadata`, for pickles `pickle, left_out`, and for a pipeline `pipeline, scheduler, components`; for an output
-        of this tool also `recipe, recipe_digest, parents, files`.
+        size_bytes, metadata`, for pickles `pickle, left_out`, and for a pipeline `pipeline,
+        scheduler, components`; for an output of this tool also `recipe, recipe_digest, parents,
+        files`.
 
     Raises:
         SourceNotFoundError: there is nothing there that can be described.
