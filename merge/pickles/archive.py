@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,7 +80,9 @@ class _Entry:
 
     name: bytes
     flags: int
+    method: int
     crc32: int
+    packed_bytes: int
     size_bytes: int
     offset: int
 
@@ -97,10 +99,12 @@ def read_archive(source: Source, file_bytes: int) -> Mapping[str, Record]:
     """
     directory_start, directory, count = _read_directory(source, file_bytes)
     entries = sorted(_parse_directory(directory, count), key=lambda entry: entry.offset)
+    _refuse_programs(entries)
     position = 0
     folder: str | None = None
     records: dict[str, Record] = {}
     for entry in entries:
+        _check_stored(entry)
         if entry.offset != position:
             what = "overlaps what is before it" if entry.offset < position else "follows a gap"
             raise CheckpointError(f"record {_text(entry.name)} {what}, at byte {entry.offset}")
@@ -201,25 +205,25 @@ def _parse_directory(data: bytes, count: int) -> list[_Entry]:
         size = wide.pop(0) if size == _U32 and wide else size
         packed = wide.pop(0) if packed == _U32 and wide else packed
         offset = wide.pop(0) if offset == _U32 and wide else offset
-        _check_storage(name, flags, method, packed, size)
         if wide:
             raise CheckpointError(f"record {_text(name)} has zip64 values that nothing needs")
-        entries.append(_Entry(name, flags, crc32, size, offset))
+        entries.append(_Entry(name, flags, method, crc32, packed, size, offset))
     if position != len(data):
         raise CheckpointError("the archive's directory has bytes that belong to no record")
     return entries
 
 
-def _check_storage(name: bytes, flags: int, method: int, packed: int, size: int) -> None:
-    if flags & _IS_ENCRYPTED:
-        raise CheckpointError(f"record {_text(name)} is encrypted")
-    if method != 0 or packed != size:
+def _check_stored(entry: _Entry) -> None:
+    name = _text(entry.name)
+    if entry.flags & _IS_ENCRYPTED:
+        raise CheckpointError(f"record {name} is encrypted")
+    if entry.method != 0 or entry.packed_bytes != entry.size_bytes:
         raise CheckpointError(
-            f"record {_text(name)} is compressed, and torch.save does not compress",
+            f"record {name} is compressed, and torch.save does not compress",
             hint="load and save it again with torch, or convert it to safetensors",
         )
-    if flags & ~(_HAS_DESCRIPTOR | _IS_UTF8):
-        raise CheckpointError(f"record {_text(name)} has unknown flags {flags:#06x}")
+    if entry.flags & ~(_HAS_DESCRIPTOR | _IS_UTF8):
+        raise CheckpointError(f"record {name} has unknown flags {entry.flags:#06x}")
 
 
 def _check_local(source: Source, entry: _Entry, limit: int) -> tuple[int, int]:
@@ -305,13 +309,17 @@ def _split_name(name: bytes) -> tuple[str, str]:
     return folder, rest
 
 
-def _check_names(records: Mapping[str, Record]) -> None:
-    for name in records:
-        if name == "constants.pkl" or name.startswith("code/"):
+def _refuse_programs(entries: Sequence[_Entry]) -> None:
+    for entry in entries:
+        name = entry.name.partition(b"/")[2]
+        if name == b"constants.pkl" or name.startswith(b"code/"):
             raise CheckpointError(
                 "it is a TorchScript program, not a state dict",
                 hint="use the model's weights as .safetensors, not an exported program",
             )
+
+
+def _check_names(records: Mapping[str, Record]) -> None:
     for name in records:
         if not _RECORDS.fullmatch(name):
             raise CheckpointError(f"record {shown(name)} is nothing that torch.save writes")
