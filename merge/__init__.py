@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merge._version import __version__
 
 if TYPE_CHECKING:
+    from merge.convert import convert
     from merge.editor import (
         EditRequest,
         EditSettings,
@@ -36,6 +37,7 @@ _HOMES = {
     "EditSettings": "merge.editor",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan",
+    "convert": "merge.convert",
     "edit": "merge.editor",
     "edit_many": "merge.editor",
     "load_editor": "merge.editor",
@@ -53,6 +55,7 @@ __all__ = [
     "MergeError",
     "__version__",
     "build_plan",
+    "convert",
     "edit",
     "edit_many",
     "load_editor",

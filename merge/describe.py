@@ -9,7 +9,7 @@ from typing import Any
 
 from merge.errors import CheckpointError, SourceError, SourceNotFoundError
 from merge.header import DTYPE_WORDS
-from merge.keymap import LDM_UNET_PREFIX, detect_unet
+from merge.keymap import LDM_UNET_PREFIX, SplitFile, detect_unet, split_single_file
 from merge.lora import is_lora
 from merge.manifest import read_locked_recipe, read_manifest
 from merge.pickles import PICKLE_SUFFIXES
@@ -24,9 +24,9 @@ def describe_path(path: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values: `path, layout, architecture, in_channels, tensors, parameters, dtypes,
-        size_bytes, metadata`, for pickles `pickle, left_out`, and for a pipeline `pipeline,
-        scheduler, components`; for an output of this tool also `recipe, recipe_digest, parents,
-        files`.
+        size_bytes, metadata`, for pickles `pickle, left_out`, for a single file `components`,
+        and for a pipeline `pipeline, scheduler, components`; for an output of this tool also
+        `recipe, recipe_digest, parents, files`.
 
     Raises:
         SourceNotFoundError: there is nothing there that can be described.
@@ -98,7 +98,9 @@ def render_description(tree: dict[str, Any]) -> str:
 def _describe_weights(paths: list[Path], layout: str) -> dict[str, Any]:
     # Describing a pickle is as safe as describing a header: neither runs anything.
     checkpoint = read_checkpoint(paths, allow_pickle=True)
-    unet = detect_unet(checkpoint.shapes)
+    split = _split(checkpoint)
+    names = split.unet if split is not None else {}
+    unet = detect_unet({names.get(key, key): shape for key, shape in checkpoint.shapes.items()})
     dtypes = Counter(spec.dtype for _, spec in checkpoint.tensors.values())
     parameters = sum(spec.element_count for _, spec in checkpoint.tensors.values())
     return {
@@ -111,12 +113,23 @@ def _describe_weights(paths: list[Path], layout: str) -> dict[str, Any]:
         "size_bytes": sum(file.stamp.size_bytes for file in checkpoint.files),
         "metadata": dict(checkpoint.metadata),
         "recipe_digest": checkpoint.metadata.get(DIGEST_KEY),
+        **({"components": list(split.pairs)} if split is not None else {}),
         **(
             {"pickle": True, "left_out": [list(item) for item in checkpoint.left_out]}
             if any(file.is_pickle for file in checkpoint.files)
             else {}
         ),
     }
+
+
+def _split(checkpoint: Checkpoint) -> SplitFile | None:
+    """Sort a single file's keys; None for other files, and for what cannot be sorted."""
+    if not any(name.startswith(LDM_UNET_PREFIX) for name in checkpoint.tensors):
+        return None
+    try:
+        return split_single_file(checkpoint.tensors)
+    except CheckpointError:
+        return None
 
 
 def _layout_of(checkpoint: Checkpoint) -> str:

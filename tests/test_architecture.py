@@ -31,6 +31,7 @@ LAYERS = {
     "engine": 3,
     "export": 4,
     "manifest": 4,
+    "convert": 4,
     "describe": 4,
     "editor": 4,
     "environment": 4,

@@ -24,6 +24,7 @@ _COMMANDS = {
     "recipes": "recipes",
     "edit": "edit",
     "verify": "verify",
+    "convert": "convert",
     "show": "inspect",
     "env": "inspect",
 }

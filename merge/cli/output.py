@@ -15,7 +15,13 @@ import click
 from tqdm import tqdm
 
 _STATE = {"debug": False}
-_STAGE_WORDS = {"merge": "merging", "verify": "editing", "hash": "hashing"}
+_STAGE_WORDS = {
+    "convert": "converting",
+    "hash": "hashing",
+    "merge": "merging",
+    "verify": "editing",
+}
+_BYTE_STAGES = ("convert", "hash", "merge")
 
 
 class Verbosity(enum.IntEnum):
@@ -106,12 +112,12 @@ class Bars:
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` of a stage is finished; bytes when merging or hashing."""
+        """Show that `done` of `total` of a stage is finished; some stages count bytes."""
         with self._lock:
             if stage != self._stage:
                 self.close()
                 self._stage = stage
-                in_bytes = stage in ("merge", "hash")
+                in_bytes = stage in _BYTE_STAGES
                 self._bar = tqdm(
                     total=total,
                     desc=_STAGE_WORDS.get(stage, stage),

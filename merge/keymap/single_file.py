@@ -75,8 +75,14 @@ def split_single_file(names: Collection[str]) -> SplitFile:
     """Sort the keys of a single file by component.
 
     Raises:
-        CheckpointError: a key is unknown, the file has two UNets, or a map is not one-to-one.
+        CheckpointError: there is no UNet or more than one, a key is unknown, or a map is not
+            one-to-one.
     """
+    if not any(name.startswith(LDM_UNET_PREFIX) for name in names):
+        raise CheckpointError(
+            f"this is no LDM/SGM single file: no key begins with {LDM_UNET_PREFIX}",
+            hint="`instruct-merge show` says what it is",
+        )
     other = next((name for name in _OTHER_UNETS if name in names), None)
     if other is not None:
         root = other.removesuffix("conv_in.weight").removesuffix("input_blocks.0.0.weight")

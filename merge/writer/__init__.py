@@ -1,6 +1,7 @@
-"""Writing: one tensor file with its header last, and a folder that appears whole or not at all."""
+"""Writing: headers last, and files and folders that appear whole or not at all."""
 
+from merge.writer.file import OutputFile
 from merge.writer.folder import OutputFolder
 from merge.writer.tensors import TensorFileWriter
 
-__all__ = ["OutputFolder", "TensorFileWriter"]
+__all__ = ["OutputFile", "OutputFolder", "TensorFileWriter"]

@@ -26,11 +26,13 @@ class OutputFolder:
     Attributes:
         final: The name that it gets.
         partial: Where it is built: `<final>.partial-<id>`, on the same file system.
+        marker: A folder without this file is not replaced.
     """
 
-    def __init__(self, final: Path, *, overwrite: bool) -> None:
+    def __init__(self, final: Path, *, overwrite: bool, marker: str = MARKER) -> None:
         self.final = final
         self.overwrite = overwrite
+        self.marker = marker
         self.partial = final.parent / f"{final.name}.partial-{secrets.token_hex(4)}"
         self._created: list[Path] = []
         self._published = False
@@ -51,9 +53,9 @@ class OutputFolder:
                 f"the output folder {self.final} exists already",
                 hint="add --overwrite to replace it, or choose another with --out",
             )
-        if self.final.is_symlink() or not (self.final / MARKER).is_file():
+        if self.final.is_symlink() or not (self.final / self.marker).is_file():
             raise OutputExistsError(
-                f"{self.final} is not an output of this tool (it has no {MARKER}), "
+                f"{self.final} is not an output of this tool (it has no {self.marker}), "
                 "so it is not overwritten",
                 hint="choose another folder with --out, or remove it yourself",
             )

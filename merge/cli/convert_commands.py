@@ -1,0 +1,85 @@
+"""`convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from merge.cli.output import Bars, common_options, examples, is_quiet
+
+_SHOWN_KEYS = 3
+
+
+@click.command(
+    "convert",
+    epilog=examples(
+        "convert outputs/mine mine.safetensors",
+        "convert v1-5.safetensors v1-5 --config models/stable-diffusion-v1-5",
+        "convert edit.ckpt edit --config outputs/mine --allow-pickle",
+    ),
+)
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--layout",
+    type=click.Choice(["diffusers", "single-file"]),
+    help="What OUT is; by default a single file when its name ends in .safetensors.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="For a single file: the pipeline folder whose tokenizers and configs OUT gets.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read .ckpt and .bin too; nothing in them is run."
+)
+@common_options
+def convert_command(
+    source: Path,
+    out: Path,
+    layout: str | None,
+    config: Path | None,
+    overwrite: bool,
+    allow_pickle: bool,
+) -> None:
+    """Turn the diffusers folder IN into one LDM/SGM file OUT, or a single file into a folder.
+
+    Tensors are renamed and copied in a stream, and no value changes. What the other layout cannot
+    hold is named with the reason. The last line on stdout is OUT, which appears only when it is
+    complete.
+    """
+    from merge.convert import convert
+
+    bars = Bars(quiet=is_quiet())
+    try:
+        result = convert(
+            source,
+            out,
+            layout,
+            config=config,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            on_progress=bars,
+        )
+    finally:
+        bars.close()
+    if not is_quiet():
+        for line in [*_left_out_lines(result.left_out), *result.notes]:
+            click.echo(line, err=True)
+    click.echo(result.path)
+
+
+def _left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason, with its first keys: a training file has hundreds."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(key)
+    lines = []
+    for reason, keys in by_reason.items():
+        shown = ", ".join(keys[:_SHOWN_KEYS])
+        more = f" and {len(keys) - _SHOWN_KEYS} more" if keys[_SHOWN_KEYS:] else ""
+        lines.append(f"left out: {shown}{more}: {reason}")
+    return lines

@@ -1,0 +1,59 @@
+"""The strings in the headers of converted files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from merge.keymap import UNetArchitecture
+from merge.plan.model import DIGEST_KEY
+
+EDIT_CHANNELS = 8
+_ARCHITECTURES = {
+    ("sd15", False): "stable-diffusion-v1",
+    ("sd15", True): "stable-diffusion-v1-edit",
+    ("sdxl", False): "stable-diffusion-xl-v1-base",
+    ("sdxl", True): "stable-diffusion-xl-v1-edit",
+}
+_IMPLEMENTATIONS = {"sd15": "https://github.com/CompVis/stable-diffusion", "sdxl": "sgm"}
+# Where ModelSpec's word is another than diffusers'.
+_PREDICTIONS = {"v_prediction": "v"}
+# What a UNet's header says that is as true of the single file.
+_KEPT = (DIGEST_KEY, "modelspec.resolution", "modelspec.merged_from")
+
+
+def single_file_metadata(
+    unet: UNetArchitecture,
+    title: str,
+    *,
+    prediction_type: str = "epsilon",
+    inherited: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the header strings of a single file.
+
+    Args:
+        unet: Its UNet.
+        title: A name for people.
+        prediction_type: Of the scheduler, in diffusers' words.
+        inherited: Header of the UNet that it is made from; digest, resolution and parents are kept.
+
+    Source: https://github.com/Stability-AI/ModelSpec; the architecture of edit models and
+    `predict_key` are those that ComfyUI writes.
+    """
+    predicts = _PREDICTIONS.get(prediction_type, prediction_type)
+    kept = {key: value for key, value in (inherited or {}).items() if key in _KEPT}
+    return {
+        "format": "pt",
+        **kept,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _ARCHITECTURES[unet.family, unet.in_channels == EDIT_CHANNELS],
+        "modelspec.implementation": _IMPLEMENTATIONS[unet.family],
+        "modelspec.title": title,
+        "modelspec.predict_key": predicts,
+        "modelspec.prediction_type": predicts,
+    }
+
+
+def component_metadata(component: str, single_file: Mapping[str, str]) -> dict[str, str]:
+    """Return the header strings of a component that is taken out of a single file."""
+    kept = {key: value for key, value in single_file.items() if key == DIGEST_KEY}
+    return {"format": "pt", **(kept if component == "unet" else {})}

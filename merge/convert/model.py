@@ -1,0 +1,57 @@
+"""What a conversion returns, and how it tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Stage, bytes done, bytes in all.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A weight file that was written.
+
+    Attributes:
+        size_bytes: Its size.
+        sha256: Of the whole file.
+    """
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """A finished conversion.
+
+    Attributes:
+        path: The folder or the single file.
+        layout: `diffusers` or `single-file`.
+        files: The weight files by their names; those of a folder relative to it.
+        left_out: Key or part of the input to the reason why the output lacks it.
+        notes: What else the user should know, a line each.
+    """
+
+    path: Path
+    layout: str
+    files: Mapping[str, WrittenFile]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class ByteCount:
+    """Adds up chunks and tells their sum."""
+
+    def __init__(self, on_progress: Progress | None, total: int) -> None:
+        self._on_progress = on_progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self, count: int) -> None:
+        """Add a chunk of so many bytes."""
+        self._done += count
+        if self._on_progress is not None:
+            self._on_progress("convert", self._done, self._total)

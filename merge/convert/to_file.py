@@ -1,0 +1,151 @@
+"""A diffusers folder into one LDM/SGM file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merge.convert.configs import read_json
+from merge.convert.metadata import EDIT_CHANNELS, single_file_metadata
+from merge.convert.model import ByteCount, ConvertResult, Progress, WrittenFile
+from merge.convert.overlap import refuse_overlap
+from merge.errors import CheckpointError, SourceNotFoundError
+from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
+from merge.layout import plan_single_file, write_tensor_copies
+from merge.layout.write import plan_header
+from merge.reader import Checkpoint, read_checkpoint, verify_records
+from merge.sources.select import has_weights, select_weights
+from merge.writer import OutputFile
+
+_REQUIRED = {
+    "sd15": ("unet", "vae", "text_encoder"),
+    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
+}
+
+
+def convert_to_file(
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool,
+    allow_pickle: bool,
+    on_progress: Progress | None,
+) -> ConvertResult:
+    """Write the UNet, the VAE and the text encoders of a folder as one file.
+
+    Raises:
+        SourceError: a component is not there.
+        CheckpointError: a key has no name in a single file.
+        OutputError: the file exists, or cannot be written.
+    """
+    output = OutputFile(out, overwrite=overwrite)
+    output.check()
+    refuse_overlap(out, [source])
+    unet = _read_component(source, "unet", allow_pickle)
+    architecture = _recognise(source, unet)
+    parts = {"unet": unet}
+    for name in _REQUIRED[architecture.family][1:]:
+        parts[name] = _read_component(source, name, allow_pickle)
+    scheduler = _scheduler(source)
+    relayout = plan_single_file(parts)
+    copies = relayout.copies[""]
+    metadata = single_file_metadata(
+        architecture,
+        out.stem,
+        prediction_type=str(scheduler.get("prediction_type", "epsilon")),
+        inherited=unet.metadata,
+    )
+    left_out = {**relayout.left_out, **_without_place(source, parts)}
+    for name, part in parts.items():
+        left_out |= {f"{name}: {key}": reason for key, reason in part.left_out}
+    total = plan_header(copies, metadata)[1].file_bytes
+    output.check_space(total)
+    with output:
+        check_pickles(parts)
+        size, sha256 = write_tensor_copies(
+            output.partial, copies, metadata, on_bytes=ByteCount(on_progress, total)
+        )
+        output.publish()
+    notes = _notes(architecture, out, source)
+    files = {out.name: WrittenFile(size, sha256)}
+    return ConvertResult(out, "single-file", files, left_out, notes)
+
+
+def check_pickles(parts: Mapping[str, Checkpoint]) -> None:
+    """Compare the checksums of inputs that are pickles; other files have none."""
+    for part in parts.values():
+        for file in part.files:
+            if file.is_pickle:
+                verify_records(file.path, file.stamp)
+
+
+def _read_component(source: Path, name: str, allow_pickle: bool) -> Checkpoint:
+    folder = source / name
+    if not folder.is_dir():
+        raise SourceNotFoundError(
+            f"{source} lacks the folder {name}, which a single file needs",
+            hint="a whole pipeline folder has unet, vae and text_encoder",
+        )
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    weights = select_weights(names, None, str(folder), allow_pickle=allow_pickle)
+    paths = [folder / file for file in weights.names]
+    return read_checkpoint(paths, allow_pickle=allow_pickle)
+
+
+def _recognise(source: Path, unet: Checkpoint) -> UNetArchitecture:
+    found = detect_unet(unet.shapes)
+    if found is None:
+        raise CheckpointError(f"{source / 'unet'} holds no UNet that is known")
+    if found.family not in _REQUIRED:
+        raise CheckpointError(
+            f"{source} is a {found.title} model, whose single-file layout is not supported",
+            hint="Stable Diffusion 1.x and XL models can be converted",
+        )
+    if found.has_guidance_embedding:
+        raise CheckpointError(
+            f"{source / 'unet'}: {GUIDANCE_EMBEDDING}, the guidance embedding of a full LCM, "
+            "has no name in a single file",
+            hint="merge it first with guidance_embedding: bake, or keep the folder",
+        )
+    return found
+
+
+def _scheduler(source: Path) -> dict[str, Any]:
+    path = source / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    name = str(config.get("_class_name", ""))
+    if name.startswith("EDM"):
+        raise CheckpointError(
+            f"{source} has the scheduler {name}: an EDM model's single file needs marker tensors "
+            "that a folder does not have",
+            hint="without them every reader would take it for an epsilon model; keep the folder",
+        )
+    return config
+
+
+def _without_place(source: Path, parts: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Name the parts of the folder that no single file holds."""
+    left_out = {}
+    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+        if folder.name in parts or folder.name.startswith(".") or not names:
+            continue
+        if has_weights(names):
+            left_out[folder.name] = "a single file has no place for it"
+        elif any(name.endswith(("config.json", "vocab.json")) for name in names):
+            left_out[folder.name] = "configs and vocabularies are in no single file"
+    return left_out
+
+
+def _notes(unet: UNetArchitecture, out: Path, source: Path) -> tuple[str, ...]:
+    xl = "XL" if unet.family == "sdxl" else ""
+    if unet.in_channels == EDIT_CHANNELS:
+        name = f"StableDiffusion{xl}InstructPix2PixPipeline"
+    else:
+        name = f"StableDiffusion{xl}Pipeline"
+    # Without `config` diffusers takes an 8-channel SDXL file for a plain one.
+    line = f'{name}.from_single_file("{out.name}", config="{source.name}")'
+    return (f"diffusers loads it with {line}",)

@@ -1,0 +1,140 @@
+"""One LDM/SGM file into a diffusers folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from merge._version import __version__
+from merge.convert.configs import Configs, check_configs, read_configs, read_json
+from merge.convert.metadata import component_metadata
+from merge.convert.model import ByteCount, ConvertResult, Progress, WrittenFile
+from merge.convert.overlap import refuse_overlap
+from merge.convert.to_file import check_pickles
+from merge.errors import CheckpointError
+from merge.keymap import EDM_MARKERS
+from merge.layout import TensorCopy, plan_components, write_tensor_copies
+from merge.layout.write import plan_header
+from merge.manifest import json_bytes
+from merge.reader import Checkpoint, read_checkpoint
+from merge.writer import OutputFolder
+
+# What tells a folder that a conversion wrote from one that must not be replaced.
+RECORD = "conversion.json"
+_WEIGHTS = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "text_encoder_2": "text_encoder_2/model.safetensors",
+}
+_V_MARKER = "v_pred"
+
+
+def convert_to_folder(
+    source: Path,
+    out: Path,
+    config: Path,
+    *,
+    overwrite: bool,
+    allow_pickle: bool,
+    on_progress: Progress | None,
+) -> ConvertResult:
+    """Write a single file's components as a pipeline folder, with the configs of another.
+
+    Raises:
+        SourceError: the file or the configs cannot be had.
+        CheckpointError: a key is unknown, the file is an EDM model, or the configs are those of
+            another model.
+        OutputError: the folder exists, or cannot be written.
+    """
+    output = OutputFolder(out, overwrite=overwrite, marker=RECORD)
+    output.check()
+    refuse_overlap(out, [source, config])
+    checkpoint = read_checkpoint([source], allow_pickle=allow_pickle)
+    _check_kind(source, checkpoint)
+    try:
+        relayout = plan_components(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error.message}", hint=error.hint) from None
+    configs = read_configs(config)
+    check_configs(configs, relayout.copies)
+    _check_prediction(source, checkpoint, configs)
+    headers = {name: component_metadata(name, checkpoint.metadata) for name in relayout.copies}
+    total = sum(
+        plan_header(copies, headers[name])[1].file_bytes for name, copies in relayout.copies.items()
+    )
+    output.check_space(total + sum(path.stat().st_size for path in configs.files.values()))
+    left_out = {
+        **relayout.left_out,
+        **dict(checkpoint.left_out),
+        **dict.fromkeys(configs.missing, f"neither {source.name} nor {config} has its weights"),
+    }
+    with output:
+        check_pickles({"": checkpoint})
+        _copy_configs(output, configs)
+        count = ByteCount(on_progress, total)
+        files = _write_weights(output, relayout.copies, headers, count)
+        record = {
+            "tool": {"name": "instruct-merge", "version": __version__},
+            "source": source.name,
+            "files": {name: asdict(file) for name, file in files.items()},
+            "left_out": left_out,
+        }
+        output.write_file(RECORD, json_bytes(record))
+        output.publish()
+    return ConvertResult(out, "diffusers", files, left_out)
+
+
+def _check_kind(source: Path, checkpoint: Checkpoint) -> None:
+    names = checkpoint.tensors
+    marker = next((name for name in EDM_MARKERS if name in names), "")
+    if marker:
+        raise CheckpointError(
+            f"{source} is an EDM v-prediction model (it has {marker}), which the pipelines of a "
+            "diffusers folder would take for an epsilon model",
+            hint="keep the single file: ComfyUI reads its marker",
+        )
+
+
+def _check_prediction(source: Path, checkpoint: Checkpoint, configs: Configs) -> None:
+    """Refuse a v-prediction file with the scheduler of an epsilon model."""
+    scheduler = configs.folder / "scheduler" / "scheduler_config.json"
+    if _V_MARKER not in checkpoint.tensors or not scheduler.is_file():
+        return
+    predicts = read_json(scheduler).get("prediction_type", "epsilon")
+    if predicts != "v_prediction":
+        raise CheckpointError(
+            f"{source} is a v-prediction model (it has {_V_MARKER}), and the scheduler of "
+            f"{configs.folder} has prediction_type {predicts}",
+            hint="use a --config folder whose scheduler has prediction_type v_prediction",
+        )
+
+
+def _copy_configs(output: OutputFolder, configs: Configs) -> None:
+    stop = threading.Event()
+    for name, path in configs.files.items():
+        if name == "model_index.json" and configs.missing:
+            index: dict[str, Any] = dict(configs.index)
+            index |= {missing: [None, None] for missing in configs.missing}
+            output.write_file(name, json_bytes(index))
+        else:
+            output.copy_file(path, name, stop)
+
+
+def _write_weights(
+    output: OutputFolder,
+    parts: Mapping[str, Sequence[TensorCopy]],
+    headers: Mapping[str, Mapping[str, str]],
+    count: ByteCount,
+) -> dict[str, WrittenFile]:
+    files = {}
+    for component, copies in parts.items():
+        name = _WEIGHTS[component]
+        path = output.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size, sha256 = write_tensor_copies(path, copies, headers[component], on_bytes=count)
+        files[name] = WrittenFile(size, sha256)
+    return files
