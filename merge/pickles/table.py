@@ -156,6 +156,9 @@ def _place(key: str, tensor: Tensor, records: Mapping[str, Record]) -> TensorSpe
             f"{key}: record {record.name} has {record.size_bytes:,} bytes, and {stated:,} "
             "are stated"
         )
+    if count == 0:
+        # Of a tensor without elements torch writes any offset.
+        return TensorSpec(key, dtype, tuple(shape), record.start, 0)
     if offset < 0 or (offset + count) * width > stated:
         raise CheckpointError(f"{key}: it lies outside of its record {record.name}")
     return TensorSpec(key, dtype, tuple(shape), record.start + offset * width, count * width)
