@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from merge.errors import PlanError
 from merge.header import encode_header
+from merge.layout import TensorCopy
 from merge.methods import METHODS
 from merge.plan.compat import OpenedSources, describe_roles, open_sources, read_converted
 from merge.plan.model import (
@@ -23,12 +24,14 @@ WEIGHT_FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
     "text_encoder_2": "text_encoder_2/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
 }
 _ARCHITECTURE_IDS = {
     "sd15": "stable-diffusion-v1-edit",
     "sd21": "stable-diffusion-v2-edit",
     "sdxl": "stable-diffusion-xl-v1-edit",
 }
+_SINGLE_FILE_FAMILIES = ("sd15", "sdxl")
 _PREDICTION_IDS = {"v_prediction": "v"}  # where ModelSpec's word is another than diffusers'
 
 
@@ -61,7 +64,8 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         for name, rows in builder.by_component().items()
     )
     converted = read_converted(sources.target, [part.name for part in components])
-    copy_bytes = _copy_bytes(sources, components)
+    relaid = {WEIGHT_FILES[name]: copies for name, copies in opened.target.relaid.items()}
+    copy_bytes = _copy_bytes(sources, components) + _relaid_bytes(relaid)
     merged_bytes = sum(part.out_header.file_bytes for part in components)
     return MergePlan(
         recipe=recipe.name,
@@ -72,6 +76,7 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         components=components,
         left_out=(*builder.left_out, *converted),
         notes=(*describe_roles(opened), *builder.notes),
+        relaid=relaid,
         copy_bytes=copy_bytes,
         single_file_bytes=merged_bytes + copy_bytes if recipe.output.single_file else 0,
     )
@@ -86,9 +91,14 @@ def _component(name: str, rows: list[TensorPlan], metadata: Mapping[str, str]) -
 
 
 def _check_output(recipe: Recipe, opened: OpenedSources) -> list[str]:
-    if recipe.output.single_file and opened.target.model.pipeline is None:
+    unet = opened.target.unet
+    if not recipe.output.single_file or unet is None:
+        return []
+    if opened.target.model.pipeline is None:
         what = "the target is only a UNet, and a single file needs a VAE and text encoders too"
         return [f"output.single_file: {what}"]
+    if unet.family not in _SINGLE_FILE_FAMILIES:
+        return [f"output.single_file: {unet.title} has no single-file form here"]
     return []
 
 
@@ -103,6 +113,11 @@ def _copy_bytes(sources: Sources, components: tuple[ComponentPlan, ...]) -> int:
         for file in (part.companions.values() if part.name in merged else part.files)
     ]
     return sum(file.size_bytes for file in files)
+
+
+def _relaid_bytes(relaid: Mapping[str, Sequence[TensorCopy]]) -> int:
+    pieces = (piece for copies in relaid.values() for copy in copies for piece in copy.pieces)
+    return sum(piece.size_bytes for piece in pieces)
 
 
 def _metadata(recipe: Recipe, opened: OpenedSources, component: str) -> dict[str, str]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from merge.errors import PlanError
+from merge.errors import CheckpointError, PlanError
 from merge.keymap import (
     EDM_MARKERS,
     LDM_UNET_PREFIX,
     UNetArchitecture,
     detect_unet,
+    split_single_file,
 )
+from merge.layout import TensorCopy, plan_components
 from merge.lora import is_lora
-from merge.plan.interim import split_single_file
 from merge.plan.model import LeftOut
 from merge.reader import Checkpoint, read_checkpoint
 from merge.sources import ResolvedModel, SourceFile, Sources
 
+# Components that a single file holds beside the UNet.
+_IN_SINGLE_FILES = ("vae", "text_encoder", "text_encoder_2")
 _DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
@@ -32,6 +35,7 @@ class Opened:
         text: The tensors of its text encoders by component, where they could be merged.
         left_out: Keys of its files that belong to none of these, each with its reason.
         edm_marker: The key that tells an EDM v-prediction file; empty for others.
+        relaid: For a target in a single file, its other components under a folder's names.
     """
 
     model: ResolvedModel
@@ -40,6 +44,7 @@ class Opened:
     text: Mapping[str, Checkpoint] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     edm_marker: str = ""
+    relaid: Mapping[str, tuple[TensorCopy, ...]] = field(default_factory=dict)
 
     @property
     def role(self) -> str:
@@ -137,21 +142,27 @@ def read_converted(target: ResolvedModel, merged: Collection[str]) -> tuple[Left
 
 def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str) -> Opened:
     """Give an LDM/SGM file's UNet its diffusers keys, and a reason for every other key."""
-    parts = split_single_file(checkpoint.tensors)
+    try:
+        parts = split_single_file(checkpoint.tensors)
+        relayout = plan_components(checkpoint) if model.role == "target" else None
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{model.role} ({model.label}): {error.message}", hint=error.hint
+        ) from None
     tensors = {key: checkpoint.tensors[name] for name, key in parts.unet.items()}
     unet = Checkpoint(checkpoint.files, tensors, checkpoint.metadata)
     reasons = dict(parts.left_out)
-    if model.pipeline is None:
-        reasons |= {
-            name: "only its UNet is merged"
-            for name in checkpoint.tensors
-            if name not in parts.unet and name not in reasons
-        }
+    relaid = {}
+    if relayout is not None:
+        relaid = {name: copies for name, copies in relayout.copies.items() if name != "unet"}
+    else:
+        others = (pair for name, pairs in parts.pairs.items() if name != "unet" for pair in pairs)
+        reasons |= {pair.single: "not the UNet, which alone is merged" for pair in others}
     left_out = (
         *(LeftOut(model.role, name, reasons[name]) for name in sorted(reasons)),
         *_besides_tensors(model, checkpoint),
     )
-    return Opened(model, unet, detect_unet(unet.shapes), {}, left_out, marker)
+    return Opened(model, unet, detect_unet(unet.shapes), {}, left_out, marker, relaid)
 
 
 def _check_kinds(sources: OpenedSources) -> list[str]:
@@ -191,6 +202,7 @@ def _check_roles(sources: OpenedSources) -> list[str]:
             "every distilled model is a LoRA, which needs no base: set models.base=null"
         )
     target = sources.target
+    problems += _check_single_file(target)
     if target.unet is not None and target.model.pipeline is not None:
         channels = target.unet.in_channels
         if channels != 8:
@@ -205,6 +217,30 @@ def _check_roles(sources: OpenedSources) -> list[str]:
                 f"conv_in.weight has {channels}"
             )
     return problems
+
+
+def _check_single_file(target: Opened) -> list[str]:
+    """Compare what a target's single file holds with the pipeline that its config describes."""
+    label = f"target ({target.model.label})"
+    if not target.relaid:
+        return []
+    if target.model.pipeline is None:
+        what = "is a whole single file, which holds no tokenizers and configs"
+        return [f"{label} {what}: name a pipeline that has them as models.target.config"]
+    described = {part.name for part in target.model.pipeline.components}
+    where = target.model.config_label
+    return [
+        *(
+            f"{label} has no {name}, and its config ({where}) describes one"
+            for name in _IN_SINGLE_FILES
+            if name in described and name not in target.relaid
+        ),
+        *(
+            f"{label} has a {name}, and its config ({where}) describes none"
+            for name in target.relaid
+            if name not in described
+        ),
+    ]
 
 
 def _is_dora(opened: Opened) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge.header import element_count
-from merge.keymap import LDM_UNET_PREFIX, ldm_to_unet
 from merge.lora import parse_lora
 
 
@@ -69,17 +68,3 @@ def parse_adapters(
         for m in table.modules
     )
     return AdapterTable(modules, table.problems)
-
-
-@dataclass(frozen=True)
-class SplitFile:
-    """A single file's keys."""
-
-    unet: Mapping[str, str]
-    left_out: Mapping[str, str]
-
-
-def split_single_file(names: Iterable[str]) -> SplitFile:
-    """Return single-file name to diffusers key for the UNet."""
-    inner = [n.removeprefix(LDM_UNET_PREFIX) for n in names if n.startswith(LDM_UNET_PREFIX)]
-    return SplitFile({LDM_UNET_PREFIX + k: v for k, v in ldm_to_unet(inner).items()}, {})

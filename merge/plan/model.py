@@ -9,6 +9,7 @@ from typing import Any
 
 from merge.header import Header, element_count, encode_header
 from merge.keymap import block_order
+from merge.layout import TensorCopy
 from merge.reader import FileStamp
 
 DIGEST_KEY = "instruct_merge.recipe_digest"
@@ -281,6 +282,7 @@ class MergePlan:
         components: The merged weight files, the UNet's first.
         left_out: Keys of inputs that are not used, each with its reason.
         notes: What a user should know before running.
+        relaid: Weight file to its tensors, for components that come out of a single file.
         copy_bytes: Size of the other components' files, copied or rewritten as they are.
         single_file_bytes: About the size of the single file, 0 when none is asked for.
     """
@@ -293,6 +295,7 @@ class MergePlan:
     components: tuple[ComponentPlan, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
+    relaid: Mapping[str, tuple[TensorCopy, ...]]
     copy_bytes: int
     single_file_bytes: int
 

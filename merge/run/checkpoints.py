@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from merge.layout import copies_of, write_tensor_copies
+from merge.keymap.single_file import COMPONENTS
+from merge.layout import TensorCopy, copies_of, plan_single_file, write_tensor_copies
 from merge.manifest import FileRecord
 from merge.plan import PlanFile
 from merge.reader import read_checkpoint, verify_records
@@ -47,3 +48,51 @@ def convert_weights(
     return FileRecord(
         *write_tensor_copies(path, copies_of(checkpoint), {"format": "pt"}, stop=stop)
     )
+
+
+def write_relaid(
+    folder: OutputFolder, copies: Sequence[TensorCopy], name: str, stop: threading.Event
+) -> FileRecord:
+    """Write a component that comes out of a single file.
+
+    Args:
+        folder: The output.
+        copies: Its tensors.
+        name: Path inside the folder, with `/`.
+        stop: When set, the copy is given up.
+
+    Raises:
+        IntegrityError: the single file changed since it was planned.
+        OutputError: the file cannot be written.
+    """
+    path = folder.partial / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileRecord(*write_tensor_copies(path, copies, {"format": "pt"}, stop=stop))
+
+
+def write_single_file(
+    folder: OutputFolder, name: str, weights: Collection[str], metadata: Mapping[str, str]
+) -> FileRecord:
+    """Write all of an output's weights as one LDM/SGM file beside them.
+
+    Args:
+        folder: The output, its weight files complete.
+        name: Of the single file.
+        weights: Names of the output's files.
+        metadata: Strings of its header.
+
+    Raises:
+        CheckpointError: a key has no name in a single file.
+        OutputError: the file cannot be written.
+    """
+    parts = {}
+    for component in COMPONENTS:
+        names = sorted(
+            file
+            for file in weights
+            if file.startswith(f"{component}/") and file.endswith(".safetensors")
+        )
+        if names:
+            parts[component] = read_checkpoint([folder.partial / file for file in names])
+    copies = plan_single_file(parts).copies[""]
+    return FileRecord(*write_tensor_copies(folder.partial / name, copies, metadata))

@@ -9,7 +9,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from merge.convert.metadata import single_file_metadata
 from merge.export import ExportFiles, plan_export
+from merge.keymap import detect_unet
 from merge.manifest import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -20,9 +22,15 @@ from merge.manifest import (
     recipe_digest,
 )
 from merge.plan import MergePlan, build_plan
+from merge.plan.model import DIGEST_KEY
 from merge.recipe import Recipe
 from merge.run.background import Background
-from merge.run.checkpoints import check_records, convert_weights
+from merge.run.checkpoints import (
+    check_records,
+    convert_weights,
+    write_relaid,
+    write_single_file,
+)
 from merge.run.closing import check_pictures, verify_output
 from merge.run.inputs import InputFile, check_digest, check_not_an_input, digest_inputs
 from merge.run.merging import merge_components
@@ -124,6 +132,10 @@ class _Run:
                 name: background.submit(convert_weights, folder, pickles, name, background.stop)
                 for name, pickles in export.converted.items()
             }
+            conversions |= {
+                name: background.submit(write_relaid, folder, parts, name, background.stop)
+                for name, parts in plan.relaid.items()
+            }
             merged = merge_components(
                 folder,
                 plan,
@@ -141,6 +153,11 @@ class _Run:
             files |= {name: future.result() for name, future in conversions.items()}
             self._lap("merge_and_copy", mark)
         self.seconds |= merged.seconds
+        if self.recipe.output.single_file:
+            mark = time.perf_counter()
+            name = f"{self.recipe.name}.safetensors"
+            files[name] = write_single_file(folder, name, files, self._metadata(plan, digest))
+            self._lap("single_file", mark)
         mark = time.perf_counter()
         written = {**export.written, LOCK_NAME: build_lock(self.recipe, sources, digests)}
         for name, data in written.items():
@@ -152,6 +169,19 @@ class _Run:
         run = run_record(plan, self.seconds, merged.device, merged.workers)
         folder.write_file(RUN_NAME, json_bytes(run))
         return digest, files
+
+    def _metadata(self, plan: MergePlan, digest: str) -> dict[str, str]:
+        """Return the header strings of the single file."""
+        unet = plan.components[0]
+        shapes = {spec.name: spec.shape for spec in unet.out_header.tensors}
+        architecture = detect_unet(shapes)
+        assert architecture is not None
+        return single_file_metadata(
+            architecture,
+            self.recipe.name,
+            prediction_type=str(self.recipe.scheduler.config.get("prediction_type", "epsilon")),
+            inherited={**unet.metadata, DIGEST_KEY: digest},
+        )
 
     def _hashed(self, sources: Sources, export: ExportFiles) -> list[InputFile]:
         """Return every input file that is read and not copied."""
