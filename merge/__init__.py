@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merge._version import __version__
 
 if TYPE_CHECKING:
-    from merge.convert import convert
+    from merge.conversion import convert
     from merge.editor import (
         EditRequest,
         EditSettings,
@@ -37,7 +37,7 @@ _HOMES = {
     "EditSettings": "merge.editor",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan",
-    "convert": "merge.convert",
+    "convert": "merge.conversion",
     "edit": "merge.editor",
     "edit_many": "merge.editor",
     "load_editor": "merge.editor",

@@ -51,7 +51,7 @@ def convert_command(
     hold is named with the reason. The last line on stdout is OUT, which appears only when it is
     complete.
     """
-    from merge.convert import convert
+    from merge.conversion import convert
 
     bars = Bars(quiet=is_quiet())
     try:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge.convert.metadata import single_file_metadata
+from merge.conversion.metadata import single_file_metadata
 from merge.export import ExportFiles, plan_export
 from merge.keymap import detect_unet
 from merge.manifest import (
