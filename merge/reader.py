@@ -143,11 +143,9 @@ def _read_header(reader: FileReader, allow_pickle: bool) -> CheckpointFile:
     size = stamp.size_bytes
     head = reader.read(0, min(HEAD_BYTES, size))
     is_pickle = head.startswith(MAGIC)
-    if (is_pickle or path.suffix in PICKLE_SUFFIXES) and not allow_pickle:
+    if is_pickle and not allow_pickle:
         raise CheckpointError(
-            "this is no safetensors file: it is a PyTorch checkpoint, a zip archive with a pickle"
-            if is_pickle
-            else "this is no safetensors file",
+            "this is no safetensors file: it is a PyTorch checkpoint, a zip archive with a pickle",
             hint="allow_pickle: true in the recipe reads it, without running anything of it",
         )
     if is_pickle:
