@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from merge.card import CARD_NAME, render_card
 from merge.conversion.metadata import single_file_metadata
 from merge.export import ExportFiles, plan_export
 from merge.keymap import detect_unet
@@ -168,6 +169,8 @@ class _Run:
         self._lap("records", mark)
         run = run_record(plan, self.seconds, merged.device, merged.workers)
         folder.write_file(RUN_NAME, json_bytes(run))
+        card = render_card(self.recipe, plan, sources, digest)
+        folder.write_file(CARD_NAME, card.encode())
         return digest, files
 
     def _metadata(self, plan: MergePlan, digest: str) -> dict[str, str]:
