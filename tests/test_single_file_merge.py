@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe, verify_files
+from merge.editor import EditSettings, edit, load_editor
 from merge.errors import CheckpointError, PlanError, SourceNotFoundError
 from merge.layout import plan_single_file, write_tensor_copies
 from merge.plan import build_plan
@@ -226,6 +228,24 @@ def test_the_output_can_be_a_single_file_too(folders: Path, family: str, tmp_pat
     assert metadata["modelspec.architecture"].endswith("-edit")
     again = run_recipe(recipe, tmp_path / "again", device="cpu", verify=False)
     assert again.files == {**result.files}
+
+
+def test_a_single_file_edits_like_its_folder(files: Path, folders: Path, tmp_path: Path) -> None:
+    settings = EditSettings(steps=2, resolution=64)
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    pictures = []
+    for checkpoint, config in (
+        (folders / "target", None),
+        (files / "target.safetensors", folders / "target"),
+    ):
+        editor = load_editor(checkpoint, config=config, device="cpu")
+        pictures.append(edit(editor, picture, "make it blue", settings).image)
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    with pytest.raises(SourceNotFoundError, match="is a single file, which has no tokenizers"):
+        load_editor(files / "target.safetensors", device="cpu")
+    (tmp_path / "odd.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors does not load"):
+        load_editor(tmp_path / "odd.safetensors", config=folders / "target", device="cpu")
 
 
 def test_a_unet_cannot_become_a_single_file(folders: Path, tmp_path: Path) -> None:
