@@ -3,10 +3,10 @@
 Tensors are renamed, fused, split and turned in a stream; no value changes and no model is loaded.
 """
 
-from merge.convert.configs import check_configs, read_configs
-from merge.convert.conversion import LAYOUTS, convert
-from merge.convert.metadata import component_metadata, single_file_metadata
-from merge.convert.model import ConvertResult, WrittenFile
+from merge.conversion.configs import check_configs, read_configs
+from merge.conversion.directions import LAYOUTS, convert
+from merge.conversion.metadata import component_metadata, single_file_metadata
+from merge.conversion.model import ConvertResult, WrittenFile
 
 __all__ = [
     "LAYOUTS",

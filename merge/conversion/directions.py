@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge.convert.model import ConvertResult, Progress
-from merge.convert.to_file import convert_to_file
-from merge.convert.to_folder import convert_to_folder
+from merge.conversion.model import ConvertResult, Progress
+from merge.conversion.to_file import convert_to_file
+from merge.conversion.to_folder import convert_to_folder
 from merge.errors import SourceError, SourceNotFoundError
 
 LAYOUTS = ("diffusers", "single-file")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge.convert.configs import read_json
-from merge.convert.metadata import EDIT_CHANNELS, single_file_metadata
-from merge.convert.model import ByteCount, ConvertResult, Progress, WrittenFile
-from merge.convert.overlap import refuse_overlap
+from merge.conversion.configs import read_json
+from merge.conversion.metadata import EDIT_CHANNELS, single_file_metadata
+from merge.conversion.model import ByteCount, ConvertResult, Progress, WrittenFile
+from merge.conversion.overlap import refuse_overlap
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
 from merge.layout import plan_single_file, write_tensor_copies
@@ -39,9 +39,9 @@ def convert_to_file(
         CheckpointError: a key has no name in a single file.
         OutputError: the file exists, or cannot be written.
     """
+    refuse_overlap(out, [source])
     output = OutputFile(out, overwrite=overwrite)
     output.check()
-    refuse_overlap(out, [source])
     unet = _read_component(source, "unet", allow_pickle)
     architecture = _recognise(source, unet)
     parts = {"unet": unet}
@@ -59,13 +59,12 @@ def convert_to_file(
     left_out = {**relayout.left_out, **_without_place(source, parts)}
     for name, part in parts.items():
         left_out |= {f"{name}: {key}": reason for key, reason in part.left_out}
-    total = plan_header(copies, metadata)[1].file_bytes
-    output.check_space(total)
+    header = plan_header(copies, metadata)[1]
+    output.check_space(header.file_bytes)
+    count = ByteCount(on_progress, header.file_bytes - header.data_start)
     with output:
         check_pickles(parts)
-        size, sha256 = write_tensor_copies(
-            output.partial, copies, metadata, on_bytes=ByteCount(on_progress, total)
-        )
+        size, sha256 = write_tensor_copies(output.partial, copies, metadata, on_bytes=count)
         output.publish()
     notes = _notes(architecture, out, source)
     files = {out.name: WrittenFile(size, sha256)}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.convert.configs import Configs, check_configs, read_configs, read_json
-from merge.convert.metadata import component_metadata
-from merge.convert.model import ByteCount, ConvertResult, Progress, WrittenFile
-from merge.convert.overlap import refuse_overlap
-from merge.convert.to_file import check_pickles
+from merge.conversion.configs import Configs, check_configs, read_configs, read_json
+from merge.conversion.metadata import component_metadata
+from merge.conversion.model import ByteCount, ConvertResult, Progress, WrittenFile
+from merge.conversion.overlap import refuse_overlap
+from merge.conversion.to_file import check_pickles
 from merge.errors import CheckpointError
 from merge.keymap import EDM_MARKERS
 from merge.layout import TensorCopy, plan_components, write_tensor_copies
@@ -50,9 +50,9 @@ def convert_to_folder(
             another model.
         OutputError: the folder exists, or cannot be written.
     """
+    refuse_overlap(out, [source, config])
     output = OutputFolder(out, overwrite=overwrite, marker=RECORD)
     output.check()
-    refuse_overlap(out, [source, config])
     checkpoint = read_checkpoint([source], allow_pickle=allow_pickle)
     _check_kind(source, checkpoint)
     try:
@@ -63,9 +63,8 @@ def convert_to_folder(
     check_configs(configs, relayout.copies)
     _check_prediction(source, checkpoint, configs)
     headers = {name: component_metadata(name, checkpoint.metadata) for name in relayout.copies}
-    total = sum(
-        plan_header(copies, headers[name])[1].file_bytes for name, copies in relayout.copies.items()
-    )
+    planned = [plan_header(copies, headers[name])[1] for name, copies in relayout.copies.items()]
+    total = sum(header.file_bytes for header in planned)
     output.check_space(total + sum(path.stat().st_size for path in configs.files.values()))
     left_out = {
         **relayout.left_out,
@@ -75,7 +74,7 @@ def convert_to_folder(
     with output:
         check_pickles({"": checkpoint})
         _copy_configs(output, configs)
-        count = ByteCount(on_progress, total)
+        count = ByteCount(on_progress, total - sum(header.data_start for header in planned))
         files = _write_weights(output, relayout.copies, headers, count)
         record = {
             "tool": {"name": "instruct-merge", "version": __version__},
