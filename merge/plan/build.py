@@ -63,8 +63,9 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         _component(name, rows, _metadata(recipe, opened, name))
         for name, rows in builder.by_component().items()
     )
-    converted = read_converted(sources.target, [part.name for part in components])
+    converted, besides = read_converted(sources.target, [part.name for part in components])
     relaid = {WEIGHT_FILES[name]: copies for name, copies in opened.target.relaid.items()}
+    relaid |= converted
     copy_bytes = _copy_bytes(sources, components) + _relaid_bytes(relaid)
     merged_bytes = sum(part.out_header.file_bytes for part in components)
     return MergePlan(
@@ -74,7 +75,7 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         architecture=opened.target.unet.family,
         files=tuple(builder.inputs.files),
         components=components,
-        left_out=(*builder.left_out, *converted),
+        left_out=(*builder.left_out, *besides),
         notes=(*describe_roles(opened), *builder.notes),
         relaid=relaid,
         copy_bytes=copy_bytes,
@@ -110,7 +111,7 @@ def _copy_bytes(sources: Sources, components: tuple[ComponentPlan, ...]) -> int:
     files = [
         file
         for part in pipeline.components
-        for file in (part.companions.values() if part.name in merged else part.files)
+        for file in (part.companions if part.name in merged else part.copies).values()
     ]
     return sum(file.size_bytes for file in files)
 

@@ -13,7 +13,7 @@ from merge.keymap import (
     detect_unet,
     split_single_file,
 )
-from merge.layout import TensorCopy, plan_components
+from merge.layout import TensorCopy, copies_of, plan_components
 from merge.lora import is_lora
 from merge.plan.model import LeftOut
 from merge.reader import Checkpoint, read_checkpoint
@@ -125,19 +125,29 @@ def _besides_tensors(model: ResolvedModel, *checkpoints: Checkpoint) -> tuple[Le
     )
 
 
-def read_converted(target: ResolvedModel, merged: Collection[str]) -> tuple[LeftOut, ...]:
-    """Read the headers of pickles that an export converts, and list what it leaves out.
+def read_converted(
+    target: ResolvedModel, merged: Collection[str]
+) -> tuple[dict[str, tuple[TensorCopy, ...]], tuple[LeftOut, ...]]:
+    """Read the headers of pickles that an export converts, since pickles are never copied.
 
     Args:
         target: The model whose components are exported.
         merged: Components whose weights are written by the merge.
 
+    Returns:
+        Weight file of the export to its tensors, and what these pickles hold besides tensors.
+
     Raises:
         CheckpointError: a pickle cannot be read; better now than after the merge.
     """
     parts = target.pipeline.components if target.pipeline is not None else ()
-    converted = [part for part in parts if part.converted_name and part.name not in merged]
-    return _besides_tensors(target, *(_read(target, part.weights) for part in converted))
+    found = {
+        part.converted_name: _read(target, part.weights)
+        for part in parts
+        if part.converted_name and part.name not in merged
+    }
+    copies = {name: tuple(copies_of(checkpoint)) for name, checkpoint in found.items()}
+    return copies, _besides_tensors(target, *found.values())
 
 
 def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str) -> Opened:

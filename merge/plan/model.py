@@ -282,7 +282,8 @@ class MergePlan:
         components: The merged weight files, the UNet's first.
         left_out: Keys of inputs that are not used, each with its reason.
         notes: What a user should know before running.
-        relaid: Weight file to its tensors, for components that come out of a single file.
+        relaid: Weight file to its tensors, for components that come out of a single file
+            or of pickles.
         copy_bytes: Size of the other components' files, copied or rewritten as they are.
         single_file_bytes: About the size of the single file, 0 when none is asked for.
     """

@@ -1,4 +1,4 @@
-"""PyTorch's checkpoints in a run: checked before the merge, converted beside it."""
+"""Weight files of a run around the merge: checked before, rewritten beside it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,33 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 
 from merge.keymap.single_file import COMPONENTS
-from merge.layout import TensorCopy, copies_of, plan_single_file, write_tensor_copies
+from merge.layout import TensorCopy, plan_single_file, write_tensor_copies
 from merge.manifest import FileRecord
-from merge.plan import PlanFile
+from merge.plan import MergePlan
 from merge.reader import read_checkpoint, verify_records
-from merge.sources import SourceFile
 from merge.writer import OutputFolder
 
 
-def check_records(files: Sequence[PlanFile]) -> None:
+def check_records(plan: MergePlan) -> None:
     """Compare the checksums inside of pickles, which torch itself does not look at.
+
+    Args:
+        plan: Of its inputs, those that are pickles are read once.
 
     Raises:
         CheckpointError: a record is damaged.
         IntegrityError: a file changed since it was planned.
     """
-    for file in files:
-        verify_records(file.path, file.stamp)
-
-
-def convert_weights(
-    folder: OutputFolder, files: Sequence[SourceFile], name: str, stop: threading.Event
-) -> FileRecord:
-    """Write the tensors of pickles as one safetensors file of the output.
-
-    Args:
-        folder: The output.
-        files: One pickle, or all shards.
-        name: Path inside the folder, with `/`.
-        stop: When set, the conversion is given up.
-
-    Raises:
-        CheckpointError: a pickle breaks a rule or is damaged.
-        OutputError: the file cannot be written.
-    """
-    checkpoint = read_checkpoint([file.path for file in files], allow_pickle=True)
-    for file in checkpoint.files:
-        verify_records(file.path, file.stamp)
-    path = folder.partial / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileRecord(
-        *write_tensor_copies(path, copies_of(checkpoint), {"format": "pt"}, stop=stop)
-    )
+    relaid = (copy for copies in plan.relaid.values() for copy in copies)
+    stamps = {piece.path: piece.stamp for copy in relaid for piece in copy.pieces}
+    for path, stamp in (stamps | {file.path: file.stamp for file in plan.files}).items():
+        verify_records(path, stamp)
 
 
 def write_relaid(
     folder: OutputFolder, copies: Sequence[TensorCopy], name: str, stop: threading.Event
 ) -> FileRecord:
-    """Write a component that comes out of a single file.
+    """Write a component that comes out of a single file or of pickles.
 
     Args:
         folder: The output.
@@ -62,7 +41,7 @@ def write_relaid(
         stop: When set, the copy is given up.
 
     Raises:
-        IntegrityError: the single file changed since it was planned.
+        IntegrityError: an input changed since it was planned.
         OutputError: the file cannot be written.
     """
     path = folder.partial / name

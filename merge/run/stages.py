@@ -28,7 +28,6 @@ from merge.recipe import Recipe
 from merge.run.background import Background
 from merge.run.checkpoints import (
     check_records,
-    convert_weights,
     write_relaid,
     write_single_file,
 )
@@ -121,7 +120,7 @@ class _Run:
             lambda done, total: self._progress("hash", done, total),
             self._lap,
         )
-        check_records(plan.files)
+        check_records(plan)
         digest = recipe_digest(self.recipe, sources, digests)
         with Background() as background:
             mark = time.perf_counter()
@@ -130,10 +129,6 @@ class _Run:
                 for name, file in export.copies.items()
             }
             conversions = {
-                name: background.submit(convert_weights, folder, pickles, name, background.stop)
-                for name, pickles in export.converted.items()
-            }
-            conversions |= {
                 name: background.submit(write_relaid, folder, parts, name, background.stop)
                 for name, parts in plan.relaid.items()
             }
