@@ -354,6 +354,22 @@ TENSORS: dict[str, tuple[bytes, str]] = {
         name("torch._utils", "_rebuild_parameter") + sequence(tensor(), b"\x88", b"N") + b"R",
         "it has hooks",
     ),
+    "a parameter with attributes": (
+        name("torch._utils", "_rebuild_parameter_with_state")
+        + sequence(tensor(), b"\x88", ORDERED, mapping(data=tensor()))
+        + b"R",
+        r"is an object of torch\._utils\._rebuild_parameter_with_state",
+    ),
+    "negated": (tensor(more=[mapping(neg=b"\x88")]), "it is negated or conjugated"),
+    "negated, with a dtype": (
+        tensor(
+            storage(UNTYPED, count=24),
+            function="_rebuild_tensor_v3",
+            more=[name("torch", "float32"), mapping(neg=b"\x88")],
+        ),
+        "it is negated or conjugated",
+    ),
+    "metadata that is no dictionary": (tensor(more=[b"N"]), "it is negated or conjugated"),
     "a storage alone": (mapping(x=storage()), "no tensors"),
 }
 
@@ -443,6 +459,27 @@ def test_checkpoints_that_are_no_state_dict(tmp_path: Path, case: str) -> None:
     path = tmp_path / "model.ckpt"
     path.write_bytes(checkpoint(program(value)))
     with pytest.raises(CheckpointError, match=message):
+        read(path)
+
+
+def test_one_storage_of_two_kinds(tmp_path: Path) -> None:
+    """torch gives the second tensor the first one's dtype; no other reader would."""
+    other = tensor(storage(name("torch", "IntStorage")))
+    path = tmp_path / "model.bin"
+    path.write_bytes(checkpoint(program(mapping(a=tensor(), b=other))))
+    assert torch.load(path, weights_only=True)["b"].dtype == torch.float32
+    with pytest.raises(CheckpointError, match="two kinds of the storage 0"):
+        read(path)
+
+
+def test_negated_numbers_are_not_read_as_they_lie(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(checkpoint(program(mapping(w=tensor(more=[mapping(neg=b"\x88")])))))
+    plain = tmp_path / "plain.bin"
+    plain.write_bytes(checkpoint(program(mapping(w=tensor()))))
+    loaded, other = (torch.load(file, weights_only=True)["w"] for file in (path, plain))
+    assert torch.equal(loaded, -other)
+    with pytest.raises(CheckpointError, match="w: it is negated"):
         read(path)
 
 

@@ -335,7 +335,12 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "no data.pkl": (lambda: build_zip(entries_of(GOOD)[1:]), "without a data.pkl"),
     "an empty archive": (lambda: b"PK\3\4" + build_zip([]), "."),
     "TorchScript": (torchscript, "TorchScript program, not a state dict"),
-    "big-endian": (lambda: changed(1, data=b"big"), "not little-endian"),
+    "big-endian": (lambda: changed(1, data=b"big"), "its byteorder is not little"),
+    "big-endian, as long": (lambda: changed(1, data=b"biggie"), "its byteorder is not little"),
+    "a newer format": (
+        lambda: with_more(Entry(f"{FOLDER}/.format_version", b"2")),
+        r"its \.format_version is not 1",
+    ),
     "an unknown record": (
         lambda: with_more(Entry(f"{FOLDER}/run.py")),
         r"record run\.py is nothing",

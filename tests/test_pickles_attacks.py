@@ -258,6 +258,23 @@ def test_the_command_line_runs_nothing(tmp_path: Path, command: str) -> None:
         assert MODULE in child.stdout
 
 
+def test_the_command_line_refuses_an_attack(tmp_path: Path) -> None:
+    path = tmp_path / "canary"
+    model = tmp_path / "model.ckpt"
+    model.write_bytes(checkpoint(program(PAYLOADS["os.system"](path))))
+    child = subprocess.run(
+        [sys.executable, "-m", "merge", "show", str(model)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert not path.exists()
+    assert child.returncode == 5
+    assert "names os.system" in child.stderr
+    assert "nothing of it was run" in child.stderr
+    assert child.stderr.splitlines()[-1].startswith("hint: ")
+
+
 # Bombs -----------------------------------------------------------------------------------------
 
 BOMBS = {

@@ -119,7 +119,7 @@ def read_archive(source: Source, file_bytes: int) -> Mapping[str, Record]:
     if position != directory_start:
         raise CheckpointError(f"{directory_start - position} unknown bytes follow the last record")
     _check_names(records)
-    _check_byte_order(source, records)
+    _check_format(source, records)
     return records
 
 
@@ -327,14 +327,16 @@ def _check_names(records: Mapping[str, Record]) -> None:
         raise CheckpointError("it is a zip archive without a data.pkl, so not from torch.save")
 
 
-def _check_byte_order(source: Source, records: Mapping[str, Record]) -> None:
-    record = records.get("byteorder")
-    if record is None:
-        # Written since torch 2.1.
-        return
-    if record.size_bytes != 6 or source.read(record.start, 6) != b"little":
-        raise CheckpointError("its numbers are not little-endian")
-    check_crc32(source, record)
+def _check_format(source: Source, records: Mapping[str, Record]) -> None:
+    # Written since torch 2.1 and 2.6.
+    for name, expected in (("byteorder", b"little"), (".format_version", b"1")):
+        record = records.get(name)
+        if record is None:
+            continue
+        size = len(expected)
+        if record.size_bytes != size or source.read(record.start, size) != expected:
+            raise CheckpointError(f"its {name} is not {expected.decode()}, which alone is known")
+        check_crc32(source, record)
 
 
 def _text(name: bytes) -> str:

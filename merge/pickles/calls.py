@@ -44,9 +44,14 @@ def describe_call(function: Global, arguments: tuple[Any, ...]) -> Any:
             storage, offset, shape, stride = arguments[:4]
             hooks = arguments[5] if count > 5 else Pairs()
             dtype = arguments[6] if function.attribute == "_rebuild_tensor_v3" else None
-            return Tensor(storage, offset, shape, stride, dtype, hooks)
+            # Whether the numbers are meant negated or conjugated; left out when they are not.
+            metadata = arguments[counts[-1] - 1] if count == counts[-1] > 4 else Pairs()
+            return Tensor(storage, offset, shape, stride, dtype, hooks, metadata)
         if count in counts and isinstance(arguments[0], Tensor):
-            return replace(arguments[0], hooks=arguments[2])
+            # Attributes could hold other data for the parameter.
+            state = arguments[3] if count == 4 else Pairs()
+            if isinstance(state, Pairs) and not state.items:
+                return replace(arguments[0], hooks=arguments[2])
     return Opaque(function.name)
 
 

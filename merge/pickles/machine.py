@@ -18,7 +18,7 @@ from typing import Any
 
 from merge.errors import CheckpointError
 from merge.pickles.calls import describe_call, is_known, looks_like_attack
-from merge.pickles.values import Global, Opaque, Pairs, Storage, describe
+from merge.pickles.values import Global, Opaque, Pairs, Storage, describe, shown
 
 # SDXL's UNet, 1,680 tensors: 238 kB and 50,000 steps; with an optimizer's state 665 kB and 205,000.
 MAX_PICKLE_BYTES = 16 * 1024 * 1024
@@ -55,7 +55,7 @@ def unpickle(data: bytes) -> Unpickled:
         )
     machine = _Machine(data)
     value = machine.run()
-    return Unpickled(value, tuple(machine.unknown), frozenset(machine.storage_keys))
+    return Unpickled(value, tuple(machine.unknown), frozenset(machine.storages))
 
 
 class _Machine:
@@ -68,7 +68,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.unknown: dict[str, None] = {}
-        self.storage_keys: set[str] = set()
+        self.storages: dict[str, tuple[str, int]] = {}
 
     def run(self) -> Any:
         if len(self.data) < 2 or self.data[0] != 0x80 or not 2 <= self.data[1] <= 5:
@@ -213,7 +213,10 @@ class _Machine:
     def reference(self) -> None:
         match self.pop():
             case ("storage", Global() as kind, str(key), str(), int(count)) if count >= 0:
-                self.storage_keys.add(key)
+                known = (kind.name, count)
+                # torch gives every later reference the first one's dtype.
+                if self.storages.setdefault(key, known) != known:
+                    raise self.error(f"two kinds of the storage {shown(key)}")
                 self.push(Storage(kind, key, count))
             case _:
                 raise self.error("a reference that is no storage")

@@ -137,6 +137,8 @@ def _place(key: str, tensor: Tensor, records: Mapping[str, Record]) -> TensorSpe
         raise CheckpointError(f"{key}: its shape or strides are no tuples of integers")
     if not isinstance(tensor.hooks, Pairs) or tensor.hooks.items:
         raise CheckpointError(f"{key}: it has hooks, which are code", hint=_SAVE_HINT)
+    if not isinstance(tensor.metadata, Pairs) or tensor.metadata.items:
+        raise CheckpointError(f"{key}: it is negated or conjugated", hint=_SAVE_HINT)
     dtype, record = _dtype(key, tensor), records.get(f"data/{storage.key}")
     width = DTYPE_BITS[dtype] // 8
     count = element_count(shape)

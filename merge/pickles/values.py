@@ -117,6 +117,7 @@ class Tensor:
         dtype: None when the storage tells it, else what should be a `Global` such as
             `torch.uint16`.
         hooks: What should be an empty `Pairs`.
+        metadata: What should be an empty `Pairs`.
     """
 
     storage: Any
@@ -125,6 +126,7 @@ class Tensor:
     stride: Any
     dtype: Any
     hooks: Any
+    metadata: Any
 
 
 def describe(value: Any) -> str:
