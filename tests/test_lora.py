@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from merge.lora import LoraModule, LoraTable, is_lora, parse_lora
+from merge.lora import AdapterModule, AdapterTable, is_lora, parse_adapters
 from tests.test_keymap import full_unet
 
 Shapes = dict[str, tuple[int, ...]]
@@ -27,6 +28,11 @@ TARGET: Shapes = {
 TO_Q = f"{ATTENTION}.attn1.to_q"
 CONV = "mid_block.resnets.0.conv1"
 ROLES = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha")
+ENDINGS = (
+    *ROLES,
+    *(".lora.down.weight", ".lora.up.weight", ".lora_A.default.weight", ".lora_B.default.weight"),
+    *(".dora_scale", ".lora_magnitude_vector"),
+)
 
 
 def kohya(path: str, down: tuple[int, ...], up: tuple[int, ...], *, alpha: bool = True) -> Shapes:
@@ -43,24 +49,35 @@ def adapter(**values: object) -> dict[str, str]:
     return {"format": "pt", "lora_adapter_metadata": json.dumps(values)}
 
 
-def parse(shapes: Shapes, metadata: dict[str, str] | None = None) -> LoraTable:
-    table = parse_lora(shapes, metadata or {}, TARGET)
+def parse(shapes: Shapes, metadata: dict[str, str] | None = None) -> AdapterTable:
+    table = parse_adapters(shapes, metadata or {}, {"unet": TARGET})
     assert_nothing_is_skipped(shapes, table)
     return table
 
 
+def made(key: str, down: str, up: str, rank: int, alpha_key: str | None) -> AdapterModule:
+    """Return a module of the target, of two factors that cover the whole weight."""
+    rows, *rest = TARGET[key]
+    columns = math.prod(rest)
+    factors = (("down", down), ("up", up))
+    return AdapterModule("unet", key, "lora", factors, rank, alpha_key, None, rows, columns, 0)
+
+
 def stem_of(key: str) -> str:
-    return next((key.removesuffix(role) for role in ROLES if key.endswith(role)), key)
+    return next((key.removesuffix(end) for end in ENDINGS if key.endswith(end)), key)
 
 
-def assert_nothing_is_skipped(shapes: Shapes, table: LoraTable) -> None:
-    used = [name for m in table.modules for name in (m.down, m.up, m.alpha_key) if name is not None]
+def assert_nothing_is_skipped(shapes: Shapes, table: AdapterTable) -> None:
+    used = [name for module in table.modules for name in module.names]
     assert len(used) == len(set(used))
     assert set(used) <= shapes.keys()
+    named = [problem.split(": ")[0] for problem in table.problems]
     for key in shapes.keys() - set(used):
-        stem = stem_of(key)
-        names = (f"{key}: ", f"{stem}: ", *(f"{stem}{role}: " for role in ROLES))
-        assert any(problem.startswith(names) for problem in table.problems), key
+        # By itself, by its module, or by another key of its module.
+        assert any(
+            key == name or key.startswith(f"{name}.") or stem_of(key) == stem_of(name)
+            for name in named
+        ), key
 
 
 # -------------------------------------------------------------------------------- what is read
@@ -74,34 +91,28 @@ def test_kohya() -> None:
     }
     stem = "lora_unet_down_blocks_0_attentions_0"
     conv = "lora_unet_mid_block_resnets_0_conv1"
-    assert parse(shapes) == LoraTable(
+    assert parse(shapes) == AdapterTable(
         modules=(
-            LoraModule(
-                key=f"{TO_Q}.weight",
-                down=f"{stem}_attn1_to_q.lora_down.weight",
-                up=f"{stem}_attn1_to_q.lora_up.weight",
-                rank=4,
-                alpha_key=f"{stem}_attn1_to_q.alpha",
-                alpha=None,
-                channels=0,
+            made(
+                f"{TO_Q}.weight",
+                f"{stem}_attn1_to_q.lora_down.weight",
+                f"{stem}_attn1_to_q.lora_up.weight",
+                4,
+                f"{stem}_attn1_to_q.alpha",
             ),
-            LoraModule(
-                key=f"{ATTENTION}.proj_in.weight",
-                down=f"{stem}_proj_in.lora_down.weight",
-                up=f"{stem}_proj_in.lora_up.weight",
-                rank=3,
-                alpha_key=None,
-                alpha=None,
-                channels=0,
+            made(
+                f"{ATTENTION}.proj_in.weight",
+                f"{stem}_proj_in.lora_down.weight",
+                f"{stem}_proj_in.lora_up.weight",
+                3,
+                None,
             ),
-            LoraModule(
-                key=f"{CONV}.weight",
-                down=f"{conv}.lora_down.weight",
-                up=f"{conv}.lora_up.weight",
-                rank=2,
-                alpha_key=f"{conv}.alpha",
-                alpha=None,
-                channels=0,
+            made(
+                f"{CONV}.weight",
+                f"{conv}.lora_down.weight",
+                f"{conv}.lora_up.weight",
+                2,
+                f"{conv}.alpha",
             ),
         ),
         problems=(),
@@ -112,16 +123,14 @@ def test_kohya() -> None:
 def test_peft(prefix: str) -> None:
     path = f"{ATTENTION}.attn1.to_out.0"
     table = parse(peft(path, (2, 8), (6, 2), prefix))
-    assert table == LoraTable(
+    assert table == AdapterTable(
         (
-            LoraModule(
-                key=f"{path}.weight",
-                down=f"{prefix}{path}.lora_A.weight",
-                up=f"{prefix}{path}.lora_B.weight",
-                rank=2,
-                alpha_key=None,
-                alpha=None,
-                channels=0,
+            made(
+                f"{path}.weight",
+                f"{prefix}{path}.lora_A.weight",
+                f"{prefix}{path}.lora_B.weight",
+                2,
+                None,
             ),
         ),
         (),
@@ -184,7 +193,7 @@ def test_the_modules_of_the_published_lcm_loras(family: str, count: int) -> None
         if adapted.search(key):
             ones = (1,) * len(shape[2:])
             shapes |= kohya(key.removesuffix(".weight"), (64, *shape[1:]), (shape[0], 64, *ones))
-    table = parse_lora(shapes, {}, target)
+    table = parse_adapters(shapes, {}, {"unet": target})
     assert table.problems == ()
     assert len(table.modules) == count
     assert_nothing_is_skipped(shapes, table)
@@ -282,12 +291,10 @@ def test_an_alpha_of_one_element_is_a_number() -> None:
         ('{"alpha_pattern": [1]}', "cannot be read"),
         ('{"alpha_pattern": {"to_q": null}}', "cannot be read"),
         ("[" * 100_000 + "]" * 100_000, "cannot be read"),
-        ('{"unet.use_rslora": true}', "use_rslora is not supported"),
-        ('{"use_dora": true}', "use_dora is not supported"),
     ],
     ids=[
         *("no JSON", "a list", "a number", "alpha a word", "alpha a list", "400 digits"),
-        *("5000 digits", "patterns a list", "a pattern of null", "deep", "rslora", "dora"),
+        *("5000 digits", "patterns a list", "a pattern of null", "deep"),
     ],
 )
 def test_metadata_that_cannot_be_followed_is_a_problem(text: str, match: str) -> None:
@@ -295,6 +302,21 @@ def test_metadata_that_cannot_be_followed_is_a_problem(text: str, match: str) ->
     (problem,) = table.problems
     assert problem.startswith("lora_adapter_metadata")
     assert match in problem
+
+
+def test_dora_in_the_metadata_demands_magnitudes() -> None:
+    metadata = adapter(**{"unet.use_dora": True})
+    (problem,) = parse(peft(TO_Q, (4, 6), (8, 4)), metadata).problems
+    assert problem.endswith("says use_dora, and the module has no magnitude")
+    shapes = {**peft(TO_Q, (4, 6), (8, 4)), f"unet.{TO_Q}.lora_magnitude_vector": (8,)}
+    assert not parse(shapes, metadata).problems
+
+
+def test_a_rank_stabilised_alpha_is_divided_by_the_root_of_the_rank() -> None:
+    (module,) = parse(peft(TO_Q, (4, 6), (8, 4)), adapter(**{"unet.use_rslora": True})).modules
+    assert module.divisor == 2.0
+    (module,) = parse(peft(TO_Q, (4, 6), (8, 4))).modules
+    assert module.divisor == 4.0
 
 
 def test_switches_that_are_off_are_no_problem() -> None:
@@ -305,13 +327,24 @@ def test_switches_that_are_off_are_no_problem() -> None:
 # ------------------------------------------------------------------------------------- problems
 
 STEM = "lora_unet_down_blocks_0_attentions_0_attn1_to_q"
+CONV_STEM = "lora_unet_mid_block_resnets_0_conv1"
+
+
+def loha(left: tuple[int, ...], right: tuple[int, ...]) -> Shapes:
+    return {
+        f"{STEM}.hada_w{n}_{side}": left if side == "a" else right for n in "12" for side in "ab"
+    }
+
+
+def lokr(**factors: tuple[int, ...]) -> Shapes:
+    return {f"{STEM}.lokr_{role}": shape for role, shape in factors.items()}
 
 
 @pytest.mark.parametrize(
     ("shapes", "problem"),
     [
         ({"conv_in.weight": (8, 4, 3, 3)}, "conv_in.weight: not a LoRA key that is known"),
-        ({f"unet.{TO_Q}.lora_B.bias": (8,)}, f"unet.{TO_Q}.lora_B.bias: not a LoRA key"),
+        ({f"unet.{TO_Q}.lora_B.bias": (8,)}, f"unet.{TO_Q}.lora_B.bias: a LoRA with a bias"),
         ({"alpha": ()}, "alpha: not a LoRA key that is known"),
         ({"": ()}, ": not a LoRA key that is known"),
         (kohya("time_embedding.linear_9", (2, 4), (4, 2)), "linear_9: the target has no weight"),
@@ -319,41 +352,89 @@ STEM = "lora_unet_down_blocks_0_attentions_0_attn1_to_q"
             peft("conv_in.base_layer", (2, 4), (4, 2)),
             "conv_in.base_layer: the target has no weight",
         ),
-        (peft(f"base_model.model.{TO_Q}", (4, 6), (8, 4)), "the target has no weight"),
         ({f"{STEM}.lora_down.weight": (4, 6)}, f"{STEM}: it has only one of its two factors"),
         ({f"{STEM}.lora_up.weight": (8, 4)}, f"{STEM}: it has only one of its two factors"),
-        ({f"{STEM}.alpha": ()}, f"{STEM}: it has only one of its two factors"),
+        ({f"{STEM}.alpha": ()}, f"{STEM}: it has no factors"),
         (
             {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.lora_A.weight": (4, 6)},
             f"{STEM}.lora_down.weight: the module has this factor twice, in two spellings",
         ),
         (
             {**kohya(TO_Q, (4, 6), (8, 4)), **peft(TO_Q, (4, 6), (8, 4))},
-            f"unet.{TO_Q}: {TO_Q}.weight is already changed by {STEM}.lora_up.weight",
+            f"unet.{TO_Q}: {TO_Q}.weight is already changed by {STEM}, another spelling",
         ),
         (
             {**peft(TO_Q, (4, 6), (8, 4)), **peft(TO_Q, (4, 6), (8, 4), "")},
-            f"{TO_Q}.weight is already changed by {TO_Q}.lora_B.weight",
+            f"{TO_Q}.weight is already changed by {TO_Q}, another spelling",
         ),
-        ({f"{STEM}.dora_scale": (8, 1)}, f"{STEM}.dora_scale: DoRA is not additive"),
+        ({f"{STEM}.dora_scale": (8, 1)}, f"{STEM}: it has no factors"),
         (
-            {f"unet.{TO_Q}.lora_magnitude_vector": (8,)},
-            f"unet.{TO_Q}.lora_magnitude_vector: DoRA is not additive",
+            {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.dora_scale": (1, 6)},
+            f"{STEM}.dora_scale: a DoRA scale of shape [1, 6] is one for each input",
         ),
-        ({f"{STEM}.hada_w1_a": (8, 2)}, f"{STEM}.hada_w1_a: LoHa is not supported"),
-        ({f"{STEM}.lokr_w1": (2, 2)}, f"{STEM}.lokr_w1: LoKr is not supported"),
-        ({f"{STEM}.lora_mid.weight": (2, 2, 3, 3)}, "LoCon with a middle factor"),
-        ({f"unet.{TO_Q}.lora.down.weight": (4, 6)}, "this old diffusers spelling"),
-        ({f"unet.{TO_Q}.lora.up.weight": (8, 4)}, "this old diffusers spelling"),
-        ({"unet.a.processor.to_q_lora.down.weight": (4, 6)}, "this old diffusers spelling"),
-        ({"lora_te_text_model_mlp_fc1.lora_down.weight": (4, 6)}, "belongs to a text encoder"),
-        ({"lora_te1_text_model_mlp_fc1.alpha": ()}, "belongs to a text encoder"),
-        ({"text_encoder.text_model.q_proj.lora_A.weight": (4, 6)}, "belongs to a text encoder"),
-        ({"text_encoder_2.text_model.q_proj.lora_B.weight": (4, 6)}, "belongs to a text encoder"),
-        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 6)}, "SGM block names"),
-        ({"lora_unet_output_blocks_4_1_proj_in.alpha": ()}, "SGM block names"),
-        ({"lora_unet_middle_block_1_proj_in.lora_up.weight": (4, 6)}, "SGM block names"),
-        ({"diffusion_model.input_blocks.0.lora_A.weight": (4, 6)}, "diffusion_model. spelling"),
+        (
+            {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.dora_scale": (7, 1)},
+            f"{STEM}.dora_scale: DoRA needs one magnitude for each of the 8 outputs, not shape",
+        ),
+        (
+            {**peft(TO_Q, (4, 6), (8, 4)), f"unet.{TO_Q}.lora_magnitude_vector": (6,)},
+            f"unet.{TO_Q}.lora_magnitude_vector: DoRA needs one magnitude for each of the 8",
+        ),
+        ({f"{STEM}.hada_w1_a": (8, 2)}, f"{STEM}: it lacks its factor w1_b and w2_a and w2_b"),
+        (
+            {f"{STEM}.{role}": (2, 2) for role in ("hada_w1_a", "lokr_w1")},
+            f"{STEM}: it mixes the factors hada_w1_a, lokr_w1 of several forms",
+        ),
+        (loha((8, 2), (2, 5)), f"{STEM}: its delta has shape [8, 5] and"),
+        (loha((8, 2), (3, 6)), f"{STEM}: factors [8, 2] and [3, 6] do not multiply"),
+        (
+            {**loha((8, 2), (2, 6)), f"{STEM}.hada_w2_b": (2, 7)},
+            "its halves have shapes [8, 6] and [8, 7]",
+        ),
+        ({**loha((2, 8), (2, 6)), f"{STEM}.hada_t1": (2, 2, 1, 1)}, "only one of its two cores"),
+        ({f"{STEM}.lokr_w1": (2, 2)}, f"{STEM}: it lacks its factor w2_a and w2_b"),
+        (lokr(w1=(2, 2), w2=(4, 4)), f"{STEM}: its delta has shape [8, 8] and"),
+        (lokr(w1=(2, 2), w2=(4, 3), w2_a=(4, 1)), f"{STEM}: it has w2 both whole and in factors"),
+        (lokr(w1=(2, 2), w2_a=(4, 1), w2_b=(2, 3)), "factors [4, 1] and [2, 3] do not multiply"),
+        (lokr(w1=(2,), w2=(4, 3)), "factors [2] and [4, 3] have no Kronecker product"),
+        (
+            lokr(w1_a=(2, 1), w1_b=(1, 2), w2_a=(4, 2), w2_b=(2, 3)),
+            f"{STEM}: its factors have ranks 1 and 2, so its scale is open",
+        ),
+        ({f"{STEM}.lora_mid.weight": (2, 2, 3, 3)}, f"{STEM}: it has only one of its two factors"),
+        (
+            {
+                **kohya(CONV, (2, 8, 1, 1), (10, 2, 1, 1)),
+                f"{CONV_STEM}.lora_mid.weight": (2, 3, 3, 3),
+            },
+            "factors [10, 2, 1, 1], [2, 3, 3, 3] and [2, 8, 1, 1] do not multiply",
+        ),
+        ({f"unet.{TO_Q}.lora.down.weight": (4, 6)}, f"unet.{TO_Q}: it has only one"),
+        (
+            {"unet.a.processor.to_q_lora.down.weight": (4, 6)},
+            "unet.a.processor.to_q_lora: the target has no weight of this name",
+        ),
+        ({"lora_te_text_model_mlp_fc1.lora_down.weight": (4, 6)}, "it belongs to text_encoder, "),
+        ({"lora_te1_text_model_mlp_fc1.alpha": ()}, "it belongs to text_encoder, "),
+        ({"lora_te2_text_model_mlp_fc1.alpha": ()}, "it belongs to text_encoder_2, "),
+        ({"text_encoder.text_model.q_proj.lora_A.weight": (4, 6)}, "belongs to text_encoder, "),
+        ({"text_encoder_2.text_model.q_proj.lora_B.weight": (4, 6)}, "to text_encoder_2, "),
+        (
+            {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 6)},
+            "lora_unet_input_blocks_4_1_proj_in: the target has no weight of this name",
+        ),
+        (
+            {"diffusion_model.input_blocks.0.lora_A.weight": (4, 6)},
+            "diffusion_model.input_blocks.0: the target has no weight of this name",
+        ),
+        ({f"{STEM}.diff": (8, 6)}, f"{STEM}.diff: a full difference (LyCORIS) is not supported"),
+        ({f"{STEM}.diff_b": (8,)}, f"{STEM}.diff_b: a difference of a bias"),
+        ({f"{STEM}.w_norm": (8,)}, f"{STEM}.w_norm: a norm's difference"),
+        ({f"{STEM}.b_norm": (8,)}, f"{STEM}.b_norm: a norm's difference"),
+        ({f"{STEM}.on_input": ()}, f"{STEM}.on_input: IA3 is not supported"),
+        ({f"{STEM}.a1.weight": (8, 2)}, f"{STEM}.a1.weight: GLoRA is not supported"),
+        ({f"{STEM}.oft_blocks": (2, 4, 4)}, f"{STEM}.oft_blocks: OFT is not supported"),
+        ({f"unet.{TO_Q}.oft_R.weight": (2, 6)}, f"unet.{TO_Q}.oft_R.weight: OFT is not supported"),
         (kohya(TO_Q, (4, 7), (8, 4)), f"{STEM}: its delta has shape [8, 7] and {TO_Q}.weight has"),
         (kohya(TO_Q, (4, 6), (9, 4)), f"{STEM}: its delta has shape [9, 6] and {TO_Q}.weight has"),
         (kohya(TO_Q, (8, 6), (6, 8)), "[6, 6]"),
@@ -390,14 +471,20 @@ def test_one_bad_module_leaves_the_others() -> None:
     }
     table = parse(shapes)
     assert [module.key for module in table.modules] == [f"{CONV}.weight"]
-    assert [problem.split(":")[0] for problem in table.problems] == ["lora_te_x.alpha", "x", STEM]
+    assert [problem.split(":")[0] for problem in table.problems] == ["x", "lora_te_x", STEM]
 
 
 def test_a_target_with_ambiguous_names_is_a_problem() -> None:
     target = {"a.b_c.weight": (2, 2), "a_b.c.weight": (2, 2)}
-    table = parse_lora(kohya("a.b.c", (1, 2), (2, 1)), {}, target)
+    table = parse_adapters(kohya("a.b.c", (1, 2), (2, 1)), {}, {"unet": target})
     assert table.modules == ()
-    assert "have the same kohya name lora_unet_a_b_c" in table.problems[-1]
+    assert table.problems[-1] == (
+        "lora_unet_a_b_c: a.b_c.weight and a_b.c.weight have the same name in this spelling"
+    )
+    # Their dotted names differ, so a LoRA that uses these is no problem.
+    dotted = parse_adapters(peft("a.b_c", (1, 2), (2, 1)), {}, {"unet": target})
+    assert [module.key for module in dotted.modules] == ["a.b_c.weight"]
+    assert not dotted.problems
 
 
 @pytest.mark.parametrize(
@@ -481,7 +568,8 @@ def test_no_key_is_ever_skipped(
 ) -> None:
     table = parse(shapes, adapter(lora_alpha=alpha, alpha_pattern=patterns))
     for module in table.modules:
-        down, up, weight = shapes[module.down], shapes[module.up], TARGET[module.key]
+        factors = dict(module.factors)
+        down, up, weight = shapes[factors["down"]], shapes[factors["up"]], TARGET[module.key]
         assert down[0] == up[1] == module.rank > 0
         assert up[0] == weight[0]
         assert down[1] == (module.channels or weight[1])

@@ -8,6 +8,7 @@ import torch
 
 from merge.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
+from merge.lora import delta_rows, dora_delta_rows
 from merge.methods import METHODS
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
 from merge.plan.terms import round_weight
@@ -157,7 +158,7 @@ class TermAdder:
                 out=out,
             )
         else:
-            raise NotImplementedError(term.form)
+            out.copy_(delta_rows(term.form, factors, first, first + rows))
         if term.base is None:
             out *= scale
             return
@@ -167,7 +168,7 @@ class TermAdder:
             term.base, first * term.columns, count, _BASE_ROWS, torch.float64
         )
         magnitude = factors["magnitude"].reshape(-1)[first : first + rows]
-        raise NotImplementedError("DoRA")
+        out.copy_(dora_delta_rows(base.view(rows, term.columns), out, magnitude))
         out *= weight
 
     # Methods ---------------------------------------------------------------------------------

@@ -1,5 +1,15 @@
 """LoRA files: what their keys mean, and the delta that they stand for."""
 
-from merge.lora.parse import LoraModule, LoraTable, is_lora, parse_lora
+from merge.lora.delta import delta_rows, dora_delta_rows
+from merge.lora.module import AdapterModule, AdapterTable
+from merge.lora.parse import parse_adapters
+from merge.lora.roles import is_lora
 
-__all__ = ["LoraModule", "LoraTable", "is_lora", "parse_lora"]
+__all__ = [
+    "AdapterModule",
+    "AdapterTable",
+    "delta_rows",
+    "dora_delta_rows",
+    "is_lora",
+    "parse_adapters",
+]

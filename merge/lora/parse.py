@@ -1,232 +1,259 @@
-"""LoRA files: which keys make up a module, which weight it changes, and by what scale.
+"""LoRA files of every form: which keys make up a module, and which weight it changes.
 
-A module is a pair of factors, `down` of shape `(rank, in[, kh, kw])` and `up` of shape
-`(out, rank[, 1, 1])`. Its delta is `weight * alpha / rank * up @ down`, reshaped to the weight.
-
-Two spellings are read: kohya's over diffusers block names, which the published LCM-LoRAs use
-(`lora_unet_mid_block_resnets_0_conv1.lora_down.weight`, `.lora_up.weight`, `.alpha`), and the one
-of peft in diffusers (`unet.mid_block.resnets.0.conv1.lora_A.weight`, `.lora_B.weight`).
+A module's delta is `weight * alpha / rank` times the product of its factors, reshaped to the
+weight. How factors multiply is in `delta`, how modules are named in `names`.
 
 Source: Hu et al. 2021, arXiv:2106.09685; for convolutions the kohya convention, where `down`
-carries the kernel and `up` is 1x1.
+carries the kernel and `up` is 1x1; LyCORIS for LoCon, LoHa and LoKr.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from merge.header import element_count
-from merge.keymap import CONV_IN, kohya_stems
+from merge.keymap import CONV_IN
+from merge.lora.forms import Product, product_of
+from merge.lora.metadata import KEY, ComponentConfig, read_config
+from merge.lora.module import AdapterModule, AdapterTable
+from merge.lora.names import TEXT_MODEL, UNET, Place, Spellings, owner, spell
+from merge.lora.roles import ALPHA, MAGNITUDE, split_role
 
-_ROLES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".alpha": "alpha",
-}
-# Fragments of keys that are read by no rule here, and why.
-_REFUSED: tuple[tuple[str, str], ...] = (
-    ("dora_scale", "DoRA is not additive: it rescales the weight that it is applied to"),
-    ("lora_magnitude_vector", "DoRA is not additive: it rescales the weight it is applied to"),
-    ("hada_", "LoHa is not supported"),
-    ("lokr_", "LoKr is not supported"),
-    ("lora_mid", "LoCon with a middle factor is not supported"),
-    (".lora.down.", "this old diffusers spelling is not supported"),
-    (".lora.up.", "this old diffusers spelling is not supported"),
-    ("_lora.down.", "this old diffusers spelling is not supported"),
-    ("_lora.up.", "this old diffusers spelling is not supported"),
-    ("lora_te", "it belongs to a text encoder, and only the UNet is merged"),
-    ("text_encoder", "it belongs to a text encoder, and only the UNet is merged"),
-    ("lora_unet_input_blocks", "SGM block names are not supported"),
-    ("lora_unet_output_blocks", "SGM block names are not supported"),
-    ("lora_unet_middle_block", "SGM block names are not supported"),
-    ("diffusion_model.", "the diffusion_model. spelling is not supported"),
-)
-_LORA_FRAGMENTS = (
-    *(suffix for suffix in _ROLES if suffix != ".alpha"),
-    *("dora_scale", "hada_w", "lokr_w", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up."),
-)
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
-
-@dataclass(frozen=True, slots=True)
-class LoraModule:
-    """One adapted weight.
-
-    Attributes:
-        key: The UNet key that it changes.
-        down: Key of the `(rank, in[, kh, kw])` factor in the file.
-        up: Key of the `(out, rank[, 1, 1])` factor in the file.
-        rank: Inner dimension.
-        alpha_key: Key of the scalar alpha in the file, if there is one.
-        alpha: Alpha stated in the file's metadata; None: in `alpha_key`, or scale 1.
-        channels: Input channels that it covers, fewer than the weight's for a 4-channel
-            `conv_in`; 0 when it covers all.
-    """
-
-    key: str
-    down: str
-    up: str
-    rank: int
-    alpha_key: str | None
-    alpha: float | None
-    channels: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoraTable:
-    """All of a LoRA file.
-
-    Attributes:
-        modules: In the order of their keys.
-        problems: One line for each key or module that cannot be applied.
-    """
-
-    modules: tuple[LoraModule, ...]
-    problems: tuple[str, ...]
+# Width of the text that cross-attention reads, and who reads such a text.
+_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
 @dataclass(slots=True)
 class _Parts:
-    down: str = ""
-    up: str = ""
-    alpha: str | None = None
+    """The keys of one module by role, and those that came second."""
+
+    names: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
 
 
-def is_lora(names: Iterable[str]) -> bool:
-    """Return True when the keys are those of an adapter of any kind, supported or not."""
-    return any(fragment in name for name in names for fragment in _LORA_FRAGMENTS)
-
-
-def parse_lora(
-    shapes: Mapping[str, tuple[int, ...]],
-    metadata: Mapping[str, str],
-    target: Mapping[str, tuple[int, ...]],
-) -> LoraTable:
-    """Match every key of a LoRA file with a weight of the target UNet.
+def parse_adapters(
+    shapes: Shapes, metadata: Mapping[str, str], targets: Mapping[str, Shapes]
+) -> AdapterTable:
+    """Match every key of a LoRA file with a weight of the target.
 
     Args:
         shapes: The file's keys and shapes.
-        metadata: The file's `__metadata__`; peft keeps alphas there.
-        target: The UNet's keys and shapes.
+        metadata: The file's `__metadata__`; diffusers keeps alphas there.
+        targets: Component, e.g. `unet`, to its keys and shapes.
 
     Returns:
         The modules, and a problem for each key that fits nothing, so that none is skipped.
     """
-    groups: dict[str, _Parts] = {}
     problems: list[str] = []
-    for name in sorted(shapes):
-        suffix = next((suffix for suffix in _ROLES if name.endswith(suffix)), None)
-        reason = next((why for fragment, why in _REFUSED if fragment in name), "")
-        if suffix is None or reason:
-            problems.append(f"{name}: {reason or 'not a LoRA key that is known'}")
-            continue
-        parts = groups.setdefault(name.removesuffix(suffix), _Parts())
-        role = _ROLES[suffix]
-        if getattr(parts, role):
-            parts.extra.append(name)
-        setattr(parts, role, name)
     try:
-        stems = kohya_stems(target)
+        configs = read_config(metadata, targets)
     except ValueError as error:
-        return LoraTable((), (*problems, str(error)))
-    alphas = _MetadataAlphas.parse(metadata, problems)
-    modules: dict[str, LoraModule] = {}
+        problems.append(str(error))
+        configs = read_config({}, targets)
+    groups = _group(shapes, problems)
+    builder = _Builder(shapes, targets, spell(targets), configs)
+    modules: dict[Place, AdapterModule] = {}
+    stems: dict[Place, str] = {}
+    strange = 0
     for stem, parts in groups.items():
-        module = _build_module(stem, parts, shapes, target, stems, alphas)
-        if isinstance(module, str):
-            problems.append(module)
-        elif module.key in modules:
-            problems.append(f"{stem}: {module.key} is already changed by {modules[module.key].up}")
+        try:
+            module = builder.build(stem, parts)
+        except ValueError as error:
+            problems.append(str(error))
+            strange += 1
+            continue
+        place = (module.component, module.key)
+        if place in modules:
+            problems.append(
+                f"{stem}: {module.key} is already changed by {stems[place]}, another spelling of it"
+            )
+            continue
+        modules[place] = module
+        stems[place] = stem
+    for component, config in configs.items():
+        paths = [_path(name, key) for name, key in modules if name == component]
+        problems += [
+            f"{KEY}: alpha_pattern {pattern!r} fits no module"
+            # A pattern without a component's name is for the UNet, if it is there at all.
+            for pattern in config.unused_patterns(paths)
+            if paths or component == UNET
+        ]
+    if strange and (line := _other_family(groups, shapes, targets.get(UNET, {}))):
+        problems.insert(0, line)
+    return AdapterTable(tuple(modules[place] for place in sorted(modules)), tuple(problems))
+
+
+def _group(shapes: Shapes, problems: list[str]) -> dict[str, _Parts]:
+    """Gather the keys of each module by its name."""
+    groups: dict[str, _Parts] = {}
+    for name in sorted(shapes):
+        try:
+            stem, role = split_role(name)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        parts = groups.setdefault(stem, _Parts())
+        if role in parts.names:
+            parts.extra.append(name)
         else:
-            modules[module.key] = module
-    paths = [key.removesuffix(".weight") for key in modules]
-    problems += [
-        f"lora_adapter_metadata: alpha_pattern {pattern!r} fits no module"
-        for pattern in alphas.patterns
-        if not any(alphas.covers(pattern, path) for path in paths)
-    ]
-    return LoraTable(tuple(modules[key] for key in sorted(modules)), tuple(problems))
-
-
-def _build_module(
-    stem: str,
-    parts: _Parts,
-    shapes: Mapping[str, tuple[int, ...]],
-    target: Mapping[str, tuple[int, ...]],
-    stems: Mapping[str, str],
-    alphas: _MetadataAlphas,
-) -> LoraModule | str:
-    if parts.extra:
-        return f"{parts.extra[0]}: the module has this factor twice, in two spellings"
-    path = stem.removeprefix("unet.")
-    key = stems.get(stem, f"{path}.weight")
-    if key not in target:
-        return f"{stem}: the target has no weight of this name"
-    if not parts.down or not parts.up:
-        return f"{stem}: it has only one of its two factors"
-    down, up, weight = shapes[parts.down], shapes[parts.up], target[key]
-    if len(down) < 2 or len(up) < 2 or not 0 < down[0] == up[1] or element_count(up[2:]) != 1:
-        return f"{stem}: factors {list(up)} and {list(down)} do not multiply"
-    if parts.alpha is not None and element_count(shapes[parts.alpha]) != 1:
-        return f"{parts.alpha}: alpha must be one number, not of shape {list(shapes[parts.alpha])}"
-    fits = len(weight) >= 2 and up[0] == weight[0] and _kernel(down) == _kernel(weight)
-    narrow = key == CONV_IN and down[1] < weight[1]
-    if not fits or (down[1] != weight[1] and not narrow):
-        return (
-            f"{stem}: its delta has shape {[up[0], *down[1:]]} and {key} has shape {list(weight)}"
-        )
-    rank = down[0]
-    alpha = None if parts.alpha else alphas.find(key.removesuffix(".weight"))
-    return LoraModule(key, parts.down, parts.up, rank, parts.alpha, alpha, down[1] if narrow else 0)
-
-
-def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
-    # A 1x1 convolution and a linear layer hold the same numbers in the same order.
-    return tuple(size for size in shape[2:] if size != 1)
+            parts.names[role] = name
+    return groups
 
 
 @dataclass(frozen=True, slots=True)
-class _MetadataAlphas:
-    """Alphas that diffusers keeps as JSON under `lora_adapter_metadata`."""
+class _Builder:
+    shapes: Shapes
+    targets: Mapping[str, Shapes]
+    spellings: Spellings
+    configs: Mapping[str, ComponentConfig]
 
-    default: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
+    def build(self, stem: str, parts: _Parts) -> AdapterModule:
+        """Make a module of its keys.
 
-    @staticmethod
-    def parse(metadata: Mapping[str, str], problems: list[str]) -> _MetadataAlphas:
-        text = metadata.get("lora_adapter_metadata")
-        if text is None:
-            return _MetadataAlphas()
-        try:
-            tree: Any = json.loads(text)
-            problems += [
-                f"lora_adapter_metadata: {flag} is not supported"
-                for flag in ("use_dora", "use_rslora")
-                if tree.get(f"unet.{flag}", tree.get(flag))
-            ]
-            alpha = tree.get("unet.lora_alpha", tree.get("lora_alpha"))
-            patterns = tree.get("unet.alpha_pattern", tree.get("alpha_pattern")) or {}
-            return _MetadataAlphas(
-                None if alpha is None else float(alpha),
-                {str(name): float(value) for name, value in patterns.items()},
+        Raises:
+            ValueError: it cannot be applied; the message is the problem.
+        """
+        if parts.extra:
+            raise ValueError(
+                f"{parts.extra[0]}: the module has this factor twice, in two spellings"
             )
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            problems.append(f"lora_adapter_metadata cannot be read: {error}")
-            return _MetadataAlphas()
+        component, key = self._place(stem)
+        names = dict(parts.names)
+        alpha_key = names.pop(ALPHA, None)
+        magnitude = names.pop(MAGNITUDE, None)
+        try:
+            product = product_of({role: self.shapes[name] for role, name in names.items()})
+        except ValueError as error:
+            raise ValueError(f"{stem}: {error}") from None
+        if alpha_key is not None and element_count(self.shapes[alpha_key]) != 1:
+            raise ValueError(
+                f"{alpha_key}: alpha must be one number, not of shape "
+                f"{list(self.shapes[alpha_key])}"
+            )
+        channels = self._fit(stem, component, key, product)
+        rows, columns = product.shape[0], element_count(product.shape[1:])
+        config = self.configs[component]
+        if magnitude is not None:
+            self._check_magnitude(magnitude, rows)
+        elif config.is_dora:
+            raise ValueError(f"{stem}: {KEY} says use_dora, and the module has no magnitude")
+        factors = tuple((_bare(role), name) for role, name in sorted(names.items()))
+        # Without a low-rank factor there is no rank, and LyCORIS gives alpha no effect.
+        counts = product.rank > 0
+        alpha = config.find_alpha(_path(component, key)) if counts and alpha_key is None else None
+        return AdapterModule(
+            component,
+            key,
+            product.form,
+            factors,
+            product.rank,
+            alpha_key if counts else None,
+            alpha,
+            rows,
+            columns,
+            channels,
+            magnitude,
+            config.is_rank_stabilised,
+            () if counts or alpha_key is None else (alpha_key,),
+        )
 
-    def find(self, path: str) -> float | None:
-        """Return the alpha for a module; None when nothing is stated."""
-        for pattern, alpha in self.patterns.items():
-            if self.covers(pattern, path):
-                return alpha
-        return self.default
+    def _place(self, stem: str) -> Place:
+        if stem in self.spellings.ambiguous:
+            (_, first), (_, second) = self.spellings.ambiguous[stem]
+            raise ValueError(f"{stem}: {first} and {second} have the same name in this spelling")
+        place = self.spellings.places.get(stem)
+        if place is not None:
+            return place
+        component = owner(stem)
+        if component not in self.targets:
+            raise ValueError(
+                f"{stem}: it belongs to {component}, and the target given here has none"
+            )
+        raise ValueError(f"{stem}: the target has no weight of this name")
 
-    @staticmethod
-    def covers(pattern: str, path: str) -> bool:
-        """Return True when a pattern names the end of a module's path, as in peft."""
-        return path == pattern or path.endswith(f".{pattern}")
+    def _fit(self, stem: str, component: str, key: str, product: Product) -> int:
+        """Return how many input channels are covered where these are not all, else 0."""
+        weight = self.targets[component][key]
+        shape = product.shape
+        if len(weight) >= 2 and shape[0] == weight[0]:
+            if _squeezed(shape) == _squeezed(weight):
+                return 0
+            # Some forms hide the kernel in the columns.
+            columns, row = element_count(shape[1:]), element_count(weight[1:])
+            kernel = element_count(weight[2:])
+            is_hidden = len(shape) == 2 and len(weight) > 2 and product.form in ("loha", "lokr")
+            if is_hidden and columns == row:
+                return 0
+            shows_kernel = shape[2:] == weight[2:]
+            is_narrow = (component, key) == (UNET, CONV_IN) and columns < row
+            is_narrow &= shows_kernel or (is_hidden and columns % kernel == 0)
+            if is_narrow:
+                return columns // kernel
+        raise ValueError(
+            f"{stem}: its delta has shape {list(shape)} and {key} has shape {list(weight)}"
+        )
+
+    def _check_magnitude(self, name: str, rows: int) -> None:
+        shape = self.shapes[name]
+        # peft writes (1, out, 1, 1) for a convolution, LyCORIS means (1, in, 1, 1) by that.
+        is_row_wise = bool(shape) and shape[0] == rows
+        is_row_wise |= "lora_magnitude" in name and len(shape) > 1 and shape[1] == rows
+        if is_row_wise and element_count(shape) == rows:
+            return
+        if shape and shape[0] == 1 and "dora_scale" in name:
+            raise ValueError(
+                f"{name}: a DoRA scale of shape {list(shape)} is one for each input, and only one "
+                f"for each of the {rows} outputs is supported"
+            )
+        raise ValueError(
+            f"{name}: DoRA needs one magnitude for each of the {rows} outputs, not shape "
+            f"{list(shape)}"
+        )
+
+
+def _bare(role: str) -> str:
+    return role.removeprefix("hada_").removeprefix("lokr_")
+
+
+def _path(component: str, key: str) -> str:
+    """Return a module's whole path; a pattern names its end."""
+    path = key.removesuffix(".weight")
+    return path if component == UNET else TEXT_MODEL + path.removeprefix(TEXT_MODEL)
+
+
+def _squeezed(shape: Shape) -> Shape:
+    # A 1x1 convolution and a linear layer hold the same numbers in the same order.
+    return (*shape[:2], *(size for size in shape[2:] if size != 1))
+
+
+def _other_family(stems: Mapping[str, _Parts], shapes: Shapes, target: Shapes) -> str:
+    """Say so when the LoRA was made for another kind of Stable Diffusion."""
+    theirs = _context(
+        (stem, shapes[parts.names["down"]])
+        for stem, parts in stems.items()
+        if "down" in parts.names
+    )
+    ours = _context((_path(UNET, key), shape) for key, shape in target.items())
+    if not theirs or not ours or theirs == ours:
+        return ""
+    words = [_WIDTHS.get(width, f"width {width}") for width in (theirs, ours)]
+    return (
+        f"it looks like a LoRA for {words[0]}, and the target is {words[1]}: its cross-attention "
+        f"reads a text of width {theirs}, the target's one of {ours}"
+    )
+
+
+def _context(weights: Iterable[tuple[str, Shape]]) -> int:
+    return next(
+        (
+            shape[1]
+            for name, shape in weights
+            if "attn2" in name and name.endswith(("to_k", "to_v", "to_k_lora", "to_v_lora"))
+            if len(shape) > 1
+        ),
+        0,
+    )

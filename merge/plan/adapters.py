@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
+from merge.lora import AdapterModule, parse_adapters
 from merge.plan.compat import Opened, OpenedSources
-from merge.plan.interim import AdapterModule, parse_adapters
 from merge.plan.patterns import match_exclude
 from merge.reader import read_scalar
 from merge.recipe.schema import Recipe

@@ -1,0 +1,129 @@
+"""The delta of an adapter from its factors, some rows at a time, the same on numpy and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from merge.header import element_count
+
+# numpy's or torch's; both know every operation used here.
+Array = Any
+
+
+def delta_rows(form: str, factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    """Multiply the factors of an adapter, without its alpha.
+
+    Convolutions are written as matrices of `(out, in*kh*kw)`; a factor of a linear layer may have
+    trailing dimensions of 1.
+
+    Args:
+        form: One of
+            `lora`, `up @ down`: `down` `(r, in[, kh, kw])`, `up` `(out, r[, 1, 1])`;
+            `locon`, with a core: `down` `(q, in[, 1, 1])`, `mid` `(p, q, kh, kw)`, `up` `(out, p)`;
+            `loha`, `(w1_a @ w1_b) * (w2_a @ w2_b)` with `a` `(out, r)` and `b` `(r, in*kh*kw)`, or
+            with the cores `t1` and `t2` `(r, r, kh, kw)`, `a` `(r, out)` and `b` `(r, in)`;
+            `lokr`, the Kronecker product of `w1` `(l, m)` and `w2` `(k, n[, kh, kw])`, where `w1`
+            may be `w1_a @ w1_b` and `w2` may be `w2_a @ w2_b`, or `w2_a` `(r, k)` and `w2_b`
+            `(r, n)` around the core `t2` `(r, r, kh, kw)`.
+        factors: Role to array, in float64.
+        start: First row.
+        stop: One past the last row.
+
+    Returns:
+        `(stop - start, columns)`.
+
+    Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); Yeh et al. 2024, arXiv:2309.14859 (LyCORIS:
+    LoCon, LoHa after Hyeon-Woo et al. 2022, arXiv:2108.06098, LoKr).
+    """
+    return _FORMS[form](factors, start, stop)
+
+
+def dora_delta_rows(base: Array, delta: Array, magnitude: Array) -> Array:
+    """Return what DoRA adds to the weight that it was trained on.
+
+    Each row of `base + delta` is given the length that `magnitude` states. This is not linear in
+    the delta, so it holds for this base only. A row of zeros stays one.
+
+    Args:
+        base: `(rows, columns)` of the weight without the adapter, float64.
+        delta: `(rows, columns)` of the adapter with its alpha, without the user's weight.
+        magnitude: `(rows,)`.
+
+    Returns:
+        `(rows, columns)`: the difference between the adapted weight and `base`.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
+    """
+    adapted = base + delta
+    length = (adapted * adapted).sum(1) ** 0.5
+    factor = magnitude / (length + (length == 0))
+    return adapted * factor.reshape(-1, 1) - base
+
+
+def _matrix(factor: Array) -> Array:
+    return factor.reshape(factor.shape[0], -1)
+
+
+def _lora(factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    return _matrix(factors["up"])[start:stop] @ _matrix(factors["down"])
+
+
+def _locon(factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    left = _matrix(factors["up"])[start:stop]
+    return _through_core(left, factors["mid"], _matrix(factors["down"]))
+
+
+def _through_core(left: Array, core: Array, right: Array) -> Array:
+    """Contract `(rows, p)`, `(p, q, kh, kw)` and `(q, in)` to `(rows, in*kh*kw)`."""
+    kernel = element_count(core.shape[2:])
+    half = (left @ _matrix(core)).reshape(left.shape[0], core.shape[1], kernel)
+    # (in, q) @ (rows, q, kernel), for each row.
+    return (right.T @ half).reshape(left.shape[0], right.shape[1] * kernel)
+
+
+def _loha(factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    halves = []
+    for number in "12":
+        left, right = factors[f"w{number}_a"], factors[f"w{number}_b"]
+        core = factors.get(f"t{number}")
+        if core is None:
+            halves.append(left[start:stop] @ _matrix(right))
+        else:
+            halves.append(_through_core(left.T[start:stop], core, right))
+    return halves[0] * halves[1]
+
+
+def _lokr(factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    coarse = factors["w1"] if "w1" in factors else factors["w1_a"] @ factors["w1_b"]
+    fine_rows = lokr_fine_rows({role: factor.shape for role, factor in factors.items()})
+    first, last = start // fine_rows, (stop - 1) // fine_rows
+    # Within one row of the coarse factor only some rows of the fine one are needed.
+    begin, end = (0, fine_rows)
+    if first == last:
+        begin, end = start - first * fine_rows, stop - first * fine_rows
+    fine = _lokr_fine(factors, begin, end)
+    part = coarse[first : last + 1]
+    blocks = part.reshape(*part.shape, 1, 1).swapaxes(1, 2) * fine.reshape(1, end - begin, 1, -1)
+    rows = blocks.reshape(part.shape[0] * (end - begin), -1)
+    skipped = start - first * fine_rows - begin
+    return rows[skipped : skipped + stop - start]
+
+
+def _lokr_fine(factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    if "w2" in factors:
+        return _matrix(factors["w2"])[start:stop]
+    left, right = factors["w2_a"], factors["w2_b"]
+    if "t2" in factors:
+        return _through_core(left.T[start:stop], factors["t2"], right)
+    return left[start:stop] @ _matrix(right)
+
+
+def lokr_fine_rows(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many rows of a LoKr's delta share a row of its first factor."""
+    if "w2" in shapes:
+        return shapes["w2"][0]
+    return shapes["w2_a"][1 if "t2" in shapes else 0]
+
+
+_FORMS = {"lora": _lora, "locon": _locon, "loha": _loha, "lokr": _lokr}
