@@ -70,6 +70,11 @@ REPOS = {
         *("diffusion_pytorch_model.fp16.safetensors", "diffusion_flax_model.msgpack"),
     ],
     "org/lora": ["README.md", "images/a.png", "pytorch_lora_weights.safetensors"],
+    # A pipeline of the time before safetensors.
+    "org/pickled": [
+        *("README.md", "unet/config.json", "unet/diffusion_pytorch_model.bin", "step.ckpt"),
+        *("unet/diffusion_pytorch_model.fp16.bin", "unet/diffusion_flax_model.msgpack"),
+    ],
     "org/several": ["4step_unet.safetensors", "8step_unet.safetensors", "4step_lora.safetensors"],
 }
 
@@ -206,6 +211,27 @@ def test_each_component_gets_the_variant_that_it_has(hub: HubServer, tmp_path: P
         *("tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
         *("vae/config.json", "vae/notes/tiling.json", "vae/diffusion_pytorch_model.safetensors"),
     ]
+
+
+def test_pickles_are_fetched_only_when_allowed(hub: HubServer, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base="org/pickled")
+    file = {"repo": "org/pickled", "file": "step.ckpt"}
+    refused, taken = resolve_each(hub, recipe, [], ["allow_pickle=true"])
+    assert "unet has its weights only as a pickle" in refused["error"]["message"]
+    assert "allow_pickle: true" in refused["error"]["hint"]
+    weights = "unet/diffusion_pytorch_model.bin"
+    assert taken["base"]["weights"] == [weights]
+    assert hub.names("org/pickled") == {"unet/config.json", weights}
+    served = (hub.root / "org/pickled" / weights).read_bytes()
+    assert taken["base"]["sha256"][weights] == hashlib.sha256(served).hexdigest()
+    # What has safetensors is taken as before.
+    assert hub.names("org/target") == NEEDED_OF_TARGET
+    recipe = write_recipe(tmp_path, base=file)
+    refused, taken = resolve_each(hub, recipe, [], ["allow_pickle=true"])
+    assert "step.ckpt is no .safetensors file but a pickle" in refused["error"]["message"]
+    assert taken["base"]["weights"] == ["step.ckpt"]
+    (offline,) = resolve_each(hub, recipe, ["allow_pickle=true"], offline=True)
+    assert offline["base"]["weights"] == ["step.ckpt"]
 
 
 def test_a_lora_repository_needs_one_file(hub: HubServer, tmp_path: Path) -> None:
