@@ -36,8 +36,9 @@ def lycoris_delta(form: str, arrays: Arrays) -> np.ndarray:
         delta = loha.diff_weight(*map(get, roles), backend="torch")
     else:
         roles = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-        # It divides gamma by the rank itself, where a factor has one; the rank here is 2.
-        gamma = 1.0 if {"w1", "w2"} <= arrays.keys() else 2.0
+        # It divides gamma by what it takes for the rank, which around a core is the wrong side.
+        ranked = next((arrays[role] for role in ("w1_a", "w2_a") if role in arrays), None)
+        gamma = 1.0 if ranked is None else float(ranked.shape[1])
         delta = lokr.diff_weight(*map(get, roles), gamma=gamma, backend="torch")
     return delta.reshape(len(delta), -1).numpy()
 
