@@ -320,8 +320,9 @@ def test_pickles_only_when_allowed(tiny_sd15: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "whole.safetensors")
     state = {"state_dict": tensors, "epoch": 3, "global_step": 7}
     torch.save(state, tmp_path / "whole.ckpt")
-    with pytest.raises(CheckpointError, match="PyTorch checkpoint"):
+    with pytest.raises(CheckpointError, match="PyTorch checkpoint") as refused:
         convert(tmp_path / "whole.ckpt", tmp_path / "out", config=target)
+    assert refused.value.hint.startswith("--allow-pickle reads it")
     result = convert(tmp_path / "whole.ckpt", tmp_path / "out", config=target, allow_pickle=True)
     assert {"epoch", "global_step"} <= result.left_out.keys()
     for part in PARTS["sd15"]:
@@ -637,3 +638,70 @@ def test_the_command_converts_both_ways(tiny_sd15: Path, tmp_path: Path) -> None
     refused = run(out, back, "--config", target)
     assert refused.returncode == 8
     assert refused.stderr.splitlines()[-1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["nothing", "a.safetensors"], 4, "there is no file or folder nothing"),
+        (["in.safetensors", "out"], 4, "has no tokenizers and configs"),
+        (["in.safetensors", "out", "--layout", "onnx"], 2, "'onnx' is not one of"),
+    ],
+    ids=["missing", "config", "layout"],
+)
+def test_the_command_fails_with_one_message_and_a_hint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    from merge.cli import main
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "in.safetensors")
+    words = [str(tmp_path / w) if w.endswith("safetensors") or w == "out" else w for w in words]
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", *words])
+    shown = capsys.readouterr()
+    assert (stop.value.code, shown.out) == (code, "")
+    assert message in shown.err
+    assert shown.err.splitlines()[-1].startswith("hint: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_the_command_shortens_long_lists(
+    tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from merge.cli import main
+
+    convert(tiny_sd15 / "target", tmp_path / "plain.safetensors")
+    tensors = load_file(tmp_path / "plain.safetensors")
+    extra = {f"model_ema.w{n}": torch.zeros(1) for n in range(5)}
+    save_file(tensors | extra, tmp_path / "in.safetensors")
+    words = ["convert", tmp_path / "in.safetensors", tmp_path / "out", "--config"]
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, words), str(tiny_sd15 / "target")])
+    assert stop.value.code == 0
+    reason = "a moving average kept for training; the plain weights are used"
+    line = f"left out: model_ema.w0, model_ema.w1, model_ema.w2 and 2 more: {reason}\n"
+    assert line in capsys.readouterr().err
+
+
+def test_show_reads_single_files(tiny_sdxl: Path, tmp_path: Path) -> None:
+    from merge.describe import describe_path
+
+    convert(tiny_sdxl / "target", tmp_path / "a.safetensors")
+    shown = describe_path(tmp_path / "a.safetensors")
+    assert shown["layout"] == "LDM/SGM single file"
+    assert (shown["architecture"], shown["in_channels"]) == ("sdxl", 8)
+    assert shown["components"] == list(PARTS["sdxl"])
+
+
+@pytest.mark.slow
+def test_an_sdxl_size_round_trip(tmp_path: Path) -> None:
+    """Identical tensors and bounded memory; the script stops where a limit is broken."""
+    if shutil.disk_usage(tmp_path).free < 22e9:
+        pytest.skip("needs 22 GB of disk")
+    script = Path(__file__).parent.parent / "scripts" / "bench" / "convert.py"
+    words = ["--pairs", "1", "--scratch", str(tmp_path), "--out", str(tmp_path / "found.json")]
+    subprocess.run([sys.executable, str(script), *words], check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["identical_tensors"]["unet"] == 1680
+    assert found["peak_mb"] < 450
+    assert found["bytes"] > 6.9e9

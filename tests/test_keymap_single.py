@@ -279,6 +279,7 @@ def test_what_is_joined_splits_into_the_same(family: str) -> None:
     }
 
 
+WHOLE_SD15 = whole("sd15")
 # Key of files that people have, and the beginning of the reason why no folder has it.
 LEFT_OUT = {
     "model_ema.decay": "a moving average",
@@ -308,7 +309,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("key", LEFT_OUT)
 def test_every_key_that_is_left_out_has_its_reason(key: str) -> None:
-    joined = join_single_file(whole("sd15"))
+    joined = join_single_file(WHOLE_SD15)
     names = [pair.single for pairs in joined.pairs.values() for pair in pairs]
     split = split_single_file([*names, key])
     assert split.left_out.keys() == {key}
@@ -334,9 +335,6 @@ def test_no_key_is_dropped_without_a_word(data: Any) -> None:
     assert used | set(split.left_out) == {*names, extra}
     assert not used & set(split.left_out)
     assert all(split.left_out.values())
-
-
-WHOLE_SD15 = whole("sd15")
 
 
 def test_two_unets_and_no_unet() -> None:

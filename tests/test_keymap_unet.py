@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -35,6 +36,11 @@ def meta_unet(config: dict[str, Any]) -> Any:
 
     with torch.device("meta"):
         return diffusers.UNet2DConditionModel(**config)
+
+
+@functools.cache
+def full_names(name: str) -> dict[str, str]:
+    return unet_to_ldm(meta_unet(CONFIGS[name]).state_dict())
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -76,7 +82,7 @@ def test_diffusers_translates_our_names_back(unet: tuple[str, Any]) -> None:
     ],
 )
 def test_names_of_stable_diffusion_1(key: str, ldm: str) -> None:
-    assert unet_to_ldm(meta_unet(SD15_UNET).state_dict())[key] == ldm
+    assert full_names("sd15")[key] == ldm
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_names_of_stable_diffusion_1(key: str, ldm: str) -> None:
     ],
 )
 def test_names_of_sdxl(key: str, ldm: str) -> None:
-    assert unet_to_ldm(meta_unet(SDXL_UNET).state_dict())[key] == ldm
+    assert full_names("sdxl")[key] == ldm
 
 
 @pytest.mark.parametrize("config", [SD15_UNET, SDXL_UNET], ids=["sd15", "sdxl"])

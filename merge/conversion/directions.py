@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge.conversion.model import ConvertResult, Progress
+from merge.conversion.model import ConvertResult, Options, Progress
 from merge.conversion.to_file import convert_to_file
 from merge.conversion.to_folder import convert_to_folder
-from merge.errors import SourceError, SourceNotFoundError
+from merge.errors import CheckpointError, SourceError, SourceNotFoundError
 
 LAYOUTS = ("diffusers", "single-file")
 _SUFFIX = ".safetensors"
+_PICKLE_HINT = "--allow-pickle reads it, without running anything of it"
 
 
 def convert(
@@ -57,27 +58,25 @@ def convert(
             f"{source} is a {'folder' if source.is_dir() else 'single file'} already",
             hint="a folder becomes a single file (OUT.safetensors), and a single file a folder",
         )
-    if layout == "single-file":
-        if out.suffix != _SUFFIX:
-            raise SourceError(f"the single file {out} must have a name that ends in {_SUFFIX}")
-        if config is not None:
-            raise SourceError(
-                "--config is for single files that become folders",
-                hint="leave it out: a folder has its own configs",
-            )
-        return convert_to_file(
-            source, out, overwrite=overwrite, allow_pickle=allow_pickle, on_progress=on_progress
+    if layout == "single-file" and out.suffix != _SUFFIX:
+        raise SourceError(f"the single file {out} must have a name that ends in {_SUFFIX}")
+    if layout == "single-file" and config is not None:
+        raise SourceError(
+            "--config is for single files that become folders",
+            hint="leave it out: a folder has its own configs",
         )
-    if config is None:
+    if layout == "diffusers" and config is None:
         raise SourceNotFoundError(
             f"{source} is a single file, which has no tokenizers and configs",
             hint="name a pipeline folder of the same architecture with --config",
         )
-    return convert_to_folder(
-        source,
-        out,
-        Path(config),
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        on_progress=on_progress,
-    )
+    options = Options(overwrite, allow_pickle, on_progress)
+    try:
+        if config is None:
+            return convert_to_file(source, out, options)
+        return convert_to_folder(source, out, Path(config), options)
+    except (CheckpointError, SourceError) as error:
+        if "allow_pickle" in error.hint:
+            # Other commands take it from a recipe.
+            error.hint = _PICKLE_HINT
+        raise

@@ -42,6 +42,21 @@ class ConvertResult:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a conversion is done, whichever way it goes.
+
+    Attributes:
+        overwrite: Replace an earlier output.
+        allow_pickle: Also read pickles.
+        on_progress: Told how far it is.
+    """
+
+    overwrite: bool = False
+    allow_pickle: bool = False
+    on_progress: Progress | None = None
+
+
 class ByteCount:
     """Adds up chunks and tells their sum."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge.conversion.configs import read_json
 from merge.conversion.metadata import EDIT_CHANNELS, single_file_metadata
-from merge.conversion.model import ByteCount, ConvertResult, Progress, WrittenFile
+from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
 from merge.conversion.overlap import refuse_overlap
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
@@ -24,14 +24,7 @@ _REQUIRED = {
 }
 
 
-def convert_to_file(
-    source: Path,
-    out: Path,
-    *,
-    overwrite: bool,
-    allow_pickle: bool,
-    on_progress: Progress | None,
-) -> ConvertResult:
+def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
     """Write the UNet, the VAE and the text encoders of a folder as one file.
 
     Raises:
@@ -40,13 +33,13 @@ def convert_to_file(
         OutputError: the file exists, or cannot be written.
     """
     refuse_overlap(out, [source])
-    output = OutputFile(out, overwrite=overwrite)
+    output = OutputFile(out, overwrite=options.overwrite)
     output.check()
-    unet = _read_component(source, "unet", allow_pickle)
+    unet = _read_component(source, "unet", options.allow_pickle)
     architecture = _recognise(source, unet)
     parts = {"unet": unet}
     for name in _REQUIRED[architecture.family][1:]:
-        parts[name] = _read_component(source, name, allow_pickle)
+        parts[name] = _read_component(source, name, options.allow_pickle)
     scheduler = _scheduler(source)
     relayout = plan_single_file(parts)
     copies = relayout.copies[""]
@@ -61,7 +54,7 @@ def convert_to_file(
         left_out |= {f"{name}: {key}": reason for key, reason in part.left_out}
     header = plan_header(copies, metadata)[1]
     output.check_space(header.file_bytes)
-    count = ByteCount(on_progress, header.file_bytes - header.data_start)
+    count = ByteCount(options.on_progress, header.file_bytes - header.data_start)
     with output:
         check_pickles(parts)
         size, sha256 = write_tensor_copies(output.partial, copies, metadata, on_bytes=count)

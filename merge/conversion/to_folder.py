@@ -11,7 +11,7 @@ from typing import Any
 from merge._version import __version__
 from merge.conversion.configs import Configs, check_configs, read_configs, read_json
 from merge.conversion.metadata import component_metadata
-from merge.conversion.model import ByteCount, ConvertResult, Progress, WrittenFile
+from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
 from merge.conversion.overlap import refuse_overlap
 from merge.conversion.to_file import check_pickles
 from merge.errors import CheckpointError
@@ -33,15 +33,7 @@ _WEIGHTS = {
 _V_MARKER = "v_pred"
 
 
-def convert_to_folder(
-    source: Path,
-    out: Path,
-    config: Path,
-    *,
-    overwrite: bool,
-    allow_pickle: bool,
-    on_progress: Progress | None,
-) -> ConvertResult:
+def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -> ConvertResult:
     """Write a single file's components as a pipeline folder, with the configs of another.
 
     Raises:
@@ -51,9 +43,9 @@ def convert_to_folder(
         OutputError: the folder exists, or cannot be written.
     """
     refuse_overlap(out, [source, config])
-    output = OutputFolder(out, overwrite=overwrite, marker=RECORD)
+    output = OutputFolder(out, overwrite=options.overwrite, marker=RECORD)
     output.check()
-    checkpoint = read_checkpoint([source], allow_pickle=allow_pickle)
+    checkpoint = read_checkpoint([source], allow_pickle=options.allow_pickle)
     _check_kind(source, checkpoint)
     try:
         relayout = plan_components(checkpoint)
@@ -74,7 +66,7 @@ def convert_to_folder(
     with output:
         check_pickles({"": checkpoint})
         _copy_configs(output, configs)
-        count = ByteCount(on_progress, total - sum(header.data_start for header in planned))
+        count = ByteCount(options.on_progress, total - sum(header.data_start for header in planned))
         files = _write_weights(output, relayout.copies, headers, count)
         record = {
             "tool": {"name": "instruct-merge", "version": __version__},

@@ -51,13 +51,13 @@ class OutputFolder:
         if not self.overwrite:
             raise OutputExistsError(
                 f"the output folder {self.final} exists already",
-                hint="add --overwrite to replace it, or choose another with --out",
+                hint="add --overwrite to replace it, or choose another name",
             )
         if self.final.is_symlink() or not (self.final / self.marker).is_file():
             raise OutputExistsError(
                 f"{self.final} is not an output of this tool (it has no {self.marker}), "
                 "so it is not overwritten",
-                hint="choose another folder with --out, or remove it yourself",
+                hint="choose another folder, or remove it yourself",
             )
 
     def leftovers(self) -> list[Path]:
@@ -78,7 +78,7 @@ class OutputFolder:
         if needed_bytes > free_bytes:
             raise NoSpaceError(
                 f"the output needs {needed_bytes:,} bytes and {folder} has {free_bytes:,} free",
-                hint="free some space, or choose another disk with --out",
+                hint="free some space, or choose another disk for the output",
             )
 
     def __enter__(self) -> OutputFolder:

@@ -118,7 +118,7 @@ def write_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(
             f"cannot write {path}: {error.strerror}",
-            hint="free some space, or choose another disk with --out",
+            hint="free some space, or choose another disk for the output",
         )
     if error.errno == errno.EFBIG:
         return NoSpaceError(
