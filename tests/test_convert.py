@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import convert
-from merge.conversion import WrittenFile
+from merge.conversion import WrittenFile, single_file_metadata
 from merge.errors import (
     CheckpointError,
     IntegrityError,
@@ -29,6 +29,7 @@ from merge.errors import (
     SourceError,
     SourceNotFoundError,
 )
+from merge.keymap import UNetArchitecture
 
 FAMILIES = ("sd15", "sdxl")
 PARTS = {
@@ -483,6 +484,8 @@ def test_stable_diffusion_2_is_refused(tiny_sd15: Path, tmp_path: Path) -> None:
     save_file(flat, path)
     with pytest.raises(CheckpointError, match=r"Stable Diffusion 2\.x model, whose single-file"):
         convert(tmp_path / "two", tmp_path / "out.safetensors")
+    with pytest.raises(CheckpointError, match=r"layout of Stable Diffusion 2\.x models is not"):
+        single_file_metadata(UNetArchitecture("sd21", 8, 1024, False), "two")
 
 
 def test_configs_that_cannot_be_used(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from merge.errors import CheckpointError
 from merge.keymap import UNetArchitecture
 from merge.plan.model import DIGEST_KEY
 
@@ -36,9 +37,17 @@ def single_file_metadata(
         prediction_type: Of the scheduler, in diffusers' words.
         inherited: Header of the UNet that it is made from; digest, resolution and parents are kept.
 
+    Raises:
+        CheckpointError: the family has no single-file layout that is known here.
+
     Source: https://github.com/Stability-AI/ModelSpec; the architecture of edit models and
     `predict_key` are those that ComfyUI writes.
     """
+    if unet.family not in _IMPLEMENTATIONS:
+        raise CheckpointError(
+            f"the single-file layout of {unet.title} models is not supported",
+            hint="Stable Diffusion 1.x and XL models can be converted",
+        )
     predicts = _PREDICTIONS.get(prediction_type, prediction_type)
     kept = {key: value for key, value in (inherited or {}).items() if key in _KEPT}
     return {
