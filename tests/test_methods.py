@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from merge.methods import METHODS, add_difference
+from merge.methods import add_difference
 
 MAXIMUM = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
@@ -182,12 +182,3 @@ def test_shapes_of_the_target_never_grow() -> None:
         add_difference(
             np.zeros(1, np.float32), np.zeros(3, np.float32), np.zeros(3, np.float32), 1.0
         )
-
-
-def test_the_registry() -> None:
-    assert list(METHODS) == ["add_difference"]
-    method = METHODS["add_difference"]
-    assert method.name == "add_difference"
-    assert method.function is add_difference
-    assert method.params == ()
-    assert method.formula == "target + weight * (distilled - base)"

@@ -57,10 +57,7 @@ def _check_names(recipe: Recipe) -> Iterator[str]:
         yield f"name: {recipe.name!r} must be lower-case letters, digits, `.`, `_` and `-`"
     yield from _choice("method", recipe.method, tuple(METHODS))
     if recipe.method in METHODS:
-        allowed = METHODS[recipe.method].params
-        for name in recipe.params:
-            if name not in allowed:
-                yield f"params.{name}: method {recipe.method} has no such parameter"
+        yield from METHODS[recipe.method].problems(recipe.params)
     yield from _finite("weight", recipe.weight)
 
 
