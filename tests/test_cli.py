@@ -144,7 +144,7 @@ def test_run_ends_with_the_folder_on_stdout(
     lock = yaml.safe_load((out / "recipe.lock.yaml").read_text())
     assert lock["recipe"]["weight"] == 0.5
     assert sorted(p.name for p in out.iterdir()) == [
-        *("merge_manifest.json", "recipe.lock.yaml", "run.json", "unet"),
+        *("README.md", "merge_manifest.json", "recipe.lock.yaml", "run.json", "unet"),
     ]
     code, stdout, _ = call(capsys, "verify", out, "--files", "-q")
     assert (code, stdout) == (0, f"{out}\n")
@@ -243,7 +243,7 @@ FAILURES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "unknown key": (recipe(wieght=1), 3, "wieght: unknown key, did you mean 'weight'?"),
     "weight nan": (recipe(weight=float("nan")), 3, "weight: nan is not a finite number"),
     "weight inf": (recipe(weight=float("inf")), 3, "weight: inf is not a finite number"),
-    "unknown method": (recipe(method="ties"), 3, "method: 'ties' is not one of add_difference"),
+    "unknown method": (recipe(method="sum"), 3, "method: 'sum' is not one of add_difference"),
     "missing folder": (
         recipe(models={"base": "./nothing", "distilled": "./distilled", "target": "./target"}),
         4,

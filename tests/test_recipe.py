@@ -796,7 +796,7 @@ def test_an_override_replaces_only_what_it_names(load: Load) -> None:
         ("weight=???", "weight: '???' is not a plain number"),
         ("name=???", "name: '???' is no value"),
         ("output.folder=???", "output.folder: '???' is no value"),
-        ("method=ties", "method: 'ties' is not one of add_difference"),
+        ("method=sum", "method: 'sum' is not one of add_difference"),
     ],
 )
 def test_overrides_that_cannot_be(problems: Problems, word: str, problem: str) -> None:
