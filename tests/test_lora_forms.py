@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lycoris.functional import locon, loha, lokr
 from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
 
-from merge.lora import delta_rows, dora_delta_rows
+from merge.lora import delta_rows, dora_delta_rows, row_steps
 from merge.lora.forms import product_of
 
 Arrays = dict[str, np.ndarray]
@@ -155,6 +155,33 @@ def test_kronecker_rows_of_any_sizes(
     whole = torch.kron(tensors(factors)["w1"][..., None, None], tensors(factors)["w2"])
     expected = whole.reshape(coarse_rows * rows, -1).numpy()[start:stop]
     np.testing.assert_allclose(delta_rows("lokr", factors, start, stop), expected, rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(start=st.integers(0, 20), count=st.integers(1, 20), most=st.integers(0, 25), data=st.data())
+def test_steps_cover_every_row_once_and_never_cut_a_kronecker_product(
+    start: int, count: int, most: int, data: st.DataObject
+) -> None:
+    period = data.draw(st.integers(1, 9))
+    fine = data.draw(
+        st.sampled_from(
+            [
+                {"w2": np.zeros((period, 3, 1, 1))},
+                {"w2_a": np.zeros((period, 2)), "w2_b": np.zeros((2, 3))},
+                {"w2_a": np.zeros((2, period)), "t2": np.zeros((2, 2, 3, 3))},
+            ]
+        )
+    )
+    for form, factors in (("lokr", fine), ("loha", {})):
+        steps = list(row_steps(form, factors, start, start + count, most))
+        assert [row for begin, end in steps for row in range(begin, end)] == list(
+            range(start, start + count)
+        )
+        for begin, end in steps:
+            assert 0 < end - begin <= max(most, 1)
+            if form == "lokr":
+                within_one = begin // period == (end - 1) // period
+                assert within_one or begin % period == end % period == 0
 
 
 # ----------------------------------------------------------------------------------------- DoRA

@@ -344,6 +344,36 @@ def test_a_dora_of_peft_with_a_convolution(tmp_path: Path) -> None:
     assert_close(merge(tmp_path)[key], rounded_sum(models["target"][key], expected))
 
 
+def test_large_weights_are_multiplied_in_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {
+        PROJ: ("lokr", random(85, lokr_w1=(2, 2), lokr_w2=(4, 4)), 0),
+        CONV: (
+            "loha",
+            random(86, hada_w1_a=(8, 2), hada_w1_b=(2, 72), hada_w2_a=(8, 2), hada_w2_b=(2, 72)),
+            2,
+        ),
+    }
+    magnitude = random(87, m=(8, 1, 1, 1))["m"].abs() + 0.5
+    tensors: Tensors = {}
+    for path, (_, factors, _) in parts.items():
+        tensors |= kohya(path, {**factors, "dora_scale": magnitude, "alpha": torch.tensor(1.0)})
+    models = write_lora(
+        tmp_path,
+        tensors,
+        models={"base": "./base", "distilled": "./lora.safetensors", "target": "./target"},
+    )
+    # Three rows of one weight, less than one of the other.
+    monkeypatch.setattr("merge.engine.terms._STEP_ELEMENTS", 24)
+    merged = merge(tmp_path)
+    for path, (form, factors, rank) in parts.items():
+        key = f"{path}.weight"
+        delta = (1.0 / rank if rank else 1.0) * einsum_delta(form, bare(factors))
+        expected = 0.7 * dora_delta(models["base"][key], delta, magnitude)
+        assert_close(merged[key], rounded_sum(models["target"][key], expected))
+
+
 def test_dora_without_a_base_is_refused(tmp_path: Path) -> None:
     factors = {**random(90, down=(3, 12), up=(8, 3)), "dora_scale": torch.ones(8, 1)}
     write_lora(tmp_path, kohya(TO_K, factors))

@@ -9,7 +9,7 @@ import torch
 
 from merge.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
-from merge.lora import delta_rows, dora_delta_rows
+from merge.lora import delta_rows, dora_delta_rows, row_steps
 from merge.methods import METHODS
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
 from merge.plan.terms import round_weight
@@ -19,6 +19,8 @@ Factors = Mapping[str, torch.Tensor]
 # Slots of growing float64 memory: two for products, one for a DoRA's base, the rest for factors.
 _PRODUCTS = 2
 _BASE_ROWS = -1
+# Elements of an intermediate result that is not in the buffers: 1 MiB in float64.
+_STEP_ELEMENTS = 128 * 1024
 
 
 class TermAdder:
@@ -159,7 +161,9 @@ class TermAdder:
                 out=out,
             )
         else:
-            out.copy_(delta_rows(term.form, factors, first, first + rows))
+            most = _STEP_ELEMENTS // term.columns
+            for begin, end in row_steps(term.form, factors, first, first + rows, most):
+                out[begin - first : end - first] = delta_rows(term.form, factors, begin, end)
         if term.base is None:
             out *= scale
             return
@@ -169,7 +173,11 @@ class TermAdder:
             term.base, first * term.columns, count, _BASE_ROWS, torch.float64
         )
         magnitude = factors["magnitude"].reshape(-1)[first : first + rows]
-        out.copy_(dora_delta_rows(base.view(rows, term.columns), out, magnitude))
+        base = base.view(rows, term.columns)
+        step = max(1, _STEP_ELEMENTS // term.columns)
+        for begin in range(0, rows, step):
+            part = slice(begin, begin + step)
+            out[part] = dora_delta_rows(base[part], out[part], magnitude[part])
         out *= weight
 
     # Methods ---------------------------------------------------------------------------------

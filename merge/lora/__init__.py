@@ -1,6 +1,6 @@
 """LoRA files: what their keys mean, and the delta that they stand for."""
 
-from merge.lora.delta import delta_rows, dora_delta_rows
+from merge.lora.delta import delta_rows, dora_delta_rows, row_steps
 from merge.lora.module import AdapterModule, AdapterTable
 from merge.lora.parse import parse_adapters
 from merge.lora.roles import is_lora
@@ -12,4 +12,5 @@ __all__ = [
     "dora_delta_rows",
     "is_lora",
     "parse_adapters",
+    "row_steps",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge.header import element_count
@@ -37,6 +37,34 @@ def delta_rows(form: str, factors: Mapping[str, Array], start: int, stop: int) -
     LoCon, LoHa after Hyeon-Woo et al. 2022, arXiv:2108.06098, LoKr).
     """
     return _FORMS[form](factors, start, stop)
+
+
+def row_steps(
+    form: str, factors: Mapping[str, Array], start: int, stop: int, most: int
+) -> Iterator[tuple[int, int]]:
+    """Split rows into steps for `delta_rows` that need no more than their own rows' memory.
+
+    Args:
+        form: As in `delta_rows`.
+        factors: As in `delta_rows`.
+        start: First row.
+        stop: One past the last row.
+        most: Rows of a step at most.
+
+    Yields:
+        First row and one past the last row of each step.
+    """
+    period = _fine_rows(factors) if form == "lokr" else 1
+    while start < stop:
+        end = min(start + max(most, 1), stop)
+        into = start % period
+        # A Kronecker product is made in whole periods, or within one.
+        if into or end - start < period:
+            end = min(end, start - into + period)
+        else:
+            end -= end % period
+        yield start, end
+        start = end
 
 
 def dora_delta_rows(base: Array, delta: Array, magnitude: Array) -> Array:
@@ -96,7 +124,7 @@ def _loha(factors: Mapping[str, Array], start: int, stop: int) -> Array:
 
 def _lokr(factors: Mapping[str, Array], start: int, stop: int) -> Array:
     coarse = factors["w1"] if "w1" in factors else factors["w1_a"] @ factors["w1_b"]
-    fine_rows = lokr_fine_rows({role: factor.shape for role, factor in factors.items()})
+    fine_rows = _fine_rows(factors)
     first, last = start // fine_rows, (stop - 1) // fine_rows
     # Within one row of the coarse factor only some rows of the fine one are needed.
     begin, end = (0, fine_rows)
@@ -119,11 +147,11 @@ def _lokr_fine(factors: Mapping[str, Array], start: int, stop: int) -> Array:
     return left[start:stop] @ _matrix(right)
 
 
-def lokr_fine_rows(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return how many rows of a LoKr's delta share a row of its first factor."""
-    if "w2" in shapes:
-        return shapes["w2"][0]
-    return shapes["w2_a"][1 if "t2" in shapes else 0]
+def _fine_rows(factors: Mapping[str, Array]) -> int:
+    """Return how many rows of a LoKr's delta share a row of its coarse factor."""
+    if "w2" in factors:
+        return int(factors["w2"].shape[0])
+    return int(factors["w2_a"].shape[1 if "t2" in factors else 0])
 
 
 _FORMS = {"lora": _lora, "locon": _locon, "loha": _loha, "lokr": _lokr}
