@@ -358,7 +358,9 @@ def test_large_weights_are_multiplied_in_steps(
     magnitude = random(87, m=(8, 1, 1, 1))["m"].abs() + 0.5
     tensors: Tensors = {}
     for path, (_, factors, _) in parts.items():
-        tensors |= kohya(path, {**factors, "dora_scale": magnitude, "alpha": torch.tensor(1.0)})
+        tensors |= kohya(
+            path, {**factors, "dora_scale": magnitude.clone(), "alpha": torch.tensor(1.0)}
+        )
     models = write_lora(
         tmp_path,
         tensors,
