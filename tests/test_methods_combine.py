@@ -323,6 +323,16 @@ def test_slerp_without_a_direction_is_a_line() -> None:
     assert combine("slerp", one, [(zero, one)], [2], {"t": 0.25}).tolist() == [0.5, 1, 1.5]
 
 
+@pytest.mark.parametrize("angle", [0.02, 0.04, 0.1])  # the arc begins at 0.0316
+def test_slerp_is_an_arc_from_a_cosine_of_0_9995(angle: float) -> None:
+    x = np.array([1, 0], np.float32)
+    y = np.array([math.cos(angle), math.sin(angle)], np.float32)
+    zero = np.zeros_like(x)
+    merged = combine("slerp", x, [(y - x, zero)], [1], {"t": 0.5}).astype(np.float64)
+    length = math.cos(angle / 2) if angle < 0.03 else 1.0
+    assert np.linalg.norm(merged) == pytest.approx(length, abs=4 * UNIT)
+
+
 def test_slerp_keeps_the_length_of_equal_lengths() -> None:
     x, y = np.array([3, 0], np.float32), np.array([0, 3], np.float32)
     merged = combine("slerp", x, [(y, x)], [1], {"t": 0.5})
@@ -349,6 +359,19 @@ def test_the_cap_is_a_norm() -> None:
         assert size == pytest.approx(limit, rel=2e-3)
     zero = np.zeros_like(target)
     assert not combine("capped_difference", zero, models, [1, 1]).any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", COMBINED, ids=lambda method: method.name)
+def test_what_is_not_finite_is_never_dropped(method: Any, value: float) -> None:
+    small = {"density": 0.01} if any(p.name == "density" for p in method.params) else {}
+    for place in range(40):
+        target, models = drawn(place, (40,), 2)
+        models[place % 2][0][place] = value
+        for library in ("numpy", "torch"):
+            merged = combine(method.name, target, models, [1, 0.5], small, library=library)
+            assert not np.isfinite(merged[place])
 
 
 # The random mask ------------------------------------------------------------------------------

@@ -389,10 +389,7 @@ def test_models_that_cannot_be(problems: Problems, models: str, problem: str) ->
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (
-            "method: add_diff",
-            "capped_difference, did you mean 'add_difference'?",
-        ),
+        ("method: add_diff", "method: 'add_diff' is not one of add_difference, ties, dare"),
         ("method: slurp", "method: 'slurp' is not one of add_difference"),
         ("method: dare\nparams: {density: 0}", "params.density: 0 is not within 0 (not 0 itself)"),
         ("name: a/b", "name: 'a/b' must be lower-case"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -217,7 +216,6 @@ class TermAdder:
             deltas.append((lora.index, delta.view(view.shape), round_weight(lora.weight)))
         deltas.sort(key=lambda item: item[0])
         changed = any(bool(delta.any()) for _, delta, _ in deltas)
-        is_finite = [bool(torch.isfinite(delta).all()) for _, delta, _ in deltas]
         assert self._method.combine is not None
         extra = {"parents": parents} if self._method.needs_parents else {}
         self._method.combine(
@@ -229,7 +227,4 @@ class TermAdder:
             first,
             **extra,
         )
-        if not all(is_finite):
-            # A mask or a trim may have dropped what is not finite; the range check must see it.
-            view.fill_(math.nan)
         return changed

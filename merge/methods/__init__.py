@@ -4,7 +4,8 @@ The same code runs on numpy arrays and on torch tensors, in place. Arrays are fl
 operation is separate and rounded once: fused forms (`torch.add(alpha=)`, `addcmul`, compiled
 kernels) skip a rounding on some processors and change bits. Sums over a tensor are taken in a fixed
 order, thresholds are exact order statistics, random masks hash the element's index: a result never
-depends on blocks, threads or the device.
+depends on blocks, threads or the device. Masks are multiplied with, never selected by, so that what
+is not finite stays so and the caller finds it.
 """
 
 from merge.methods.add_difference import add_difference
