@@ -535,6 +535,27 @@ def test_the_text_encoder_of_a_lora_that_the_target_lacks(tmp_path: Path, target
         plan(tmp_path)
 
 
+def test_keys_that_fit_nothing_can_be_left_out_by_their_own_names(tmp_path: Path) -> None:
+    second = kohya(FC1, random(111, down=(2, 8), up=(8, 2)), prefix="lora_te2_")
+    diff = {f"{STEM}_x.diff": torch.ones(3)}
+    write_lora(tmp_path, {**good(), **second, **diff})
+    with pytest.raises(
+        PlanError, match=r"lora_te2_.*: it belongs to text_encoder_2, .*exclude can"
+    ):
+        plan_of(tmp_path)
+    found = plan_of(tmp_path, "exclude=['lora_te2_*','*.diff']")
+    assert {item.key: item.reason for item in found.left_out} == {
+        **dict.fromkeys(second, "excluded by 'lora_te2_*'"),
+        **dict.fromkeys(diff, "excluded by '*.diff'"),
+    }
+    assert found.counts["lora"] == 1
+    # A pattern cannot take a part out of a module that fits.
+    with pytest.raises(
+        PlanError, match=r"exclude: 'lora_unet_\*' names lora_unet_.* of distilled;"
+    ):
+        plan_of(tmp_path, "exclude=['lora_te2_*','*.diff','lora_unet_*']")
+
+
 def test_a_flat_text_encoder_takes_prefixed_names(tmp_path: Path, target: Path) -> None:
     flat = tmp_path / "target"
     shutil.copytree(target, flat)

@@ -84,7 +84,7 @@ ALGOS: dict[str, dict[str, object]] = {
 def test_the_merged_unet_computes_what_lycoris_does(
     target: Path, tmp_path: Path, options: dict[str, object]
 ) -> None:
-    # By their forward pass: `merge_to` of lycoris-lora 3 squares the scale of LoHa and LoKr.
+    # By their forward pass: `merge_to` of lycoris-lora 4.1 squares the scale of LoHa and LoKr.
     is_dora = "dora_wd" in options
     # Their DoRA moves the strength between the norms; at 1 it is the published formula.
     weight = 1.0 if is_dora else 0.625

@@ -171,7 +171,8 @@ class _Builder:
         component = owner(stem)
         if component not in self.targets:
             raise ValueError(
-                f"{stem}: it belongs to {component}, and the target given here has none"
+                f"{stem}: it belongs to {component}, and the target given here has none "
+                "(exclude can leave its keys out)"
             )
         raise ValueError(f"{stem}: the target has no weight of this name")
 

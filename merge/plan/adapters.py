@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
-from merge.lora import AdapterModule, parse_adapters
+from merge.lora import AdapterModule, AdapterTable, parse_adapters
 from merge.plan.compat import Opened, OpenedSources
+from merge.plan.inputs import qualified
+from merge.plan.model import LeftOut
 from merge.plan.patterns import match_exclude
 from merge.reader import read_scalar
 from merge.recipe.schema import Recipe
@@ -34,18 +36,19 @@ class AdapterReader:
         sources: For the target's keys.
         problems: One line for each key that cannot be applied; filled by `read`.
         notes: What a user should know; filled by `read`.
+        left_out: Keys that no module uses and the recipe excludes; filled by `read`.
     """
 
     recipe: Recipe
     sources: OpenedSources
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def read(self, opened: Opened) -> dict[Place, Adapter]:
         """Return a LoRA's modules by the weight that they change."""
         label = f"{opened.role} ({opened.model.label})"
-        checkpoint = opened.checkpoint
-        table = parse_adapters(checkpoint.shapes, checkpoint.metadata, self._targets())
+        table = self._parse(opened)
         self.problems += [f"{label}: {problem}" for problem in table.problems]
         if not table.modules:
             self.problems.append(f"{label}: none of its keys fits the target")
@@ -61,13 +64,47 @@ class AdapterReader:
             adapters[module.component, module.key] = Adapter(module, alpha)
         self._check_components(label, adapters)
         self._check_dora(label, adapters)
-        stated = [m.alpha_key is not None or m.alpha is not None for m in table.modules]
+        scaled = [m for m in table.modules if m.rank]
+        stated = [m.alpha_key is not None or m.alpha is not None for m in scaled]
         if not all(stated):
             self.notes.append(
                 f"{opened.role}: {stated.count(False)} of {len(stated)} LoRA modules state no "
                 "alpha, so their scale is 1"
             )
         return adapters
+
+    def _parse(self, opened: Opened) -> AdapterTable:
+        """Match the keys, but for those that fit nothing and are excluded by their own name."""
+        checkpoint, targets = opened.checkpoint, self._targets()
+        shapes = checkpoint.shapes
+        table = parse_adapters(shapes, checkpoint.metadata, targets)
+        used = {name for module in table.modules for name in module.names}
+        excluded = {
+            name: pattern
+            for name in shapes
+            if name not in used and (pattern := match_exclude(name, self.recipe.exclude))
+        }
+        self._check_idle(opened, used, set(excluded.values()))
+        if not excluded:
+            return table
+        self.left_out += [
+            LeftOut(opened.role, name, f"excluded by {pattern!r}")
+            for name, pattern in sorted(excluded.items())
+        ]
+        rest = {name: shape for name, shape in shapes.items() if name not in excluded}
+        return parse_adapters(rest, checkpoint.metadata, targets)
+
+    def _check_idle(self, opened: Opened, used: set[str], effective: set[str]) -> None:
+        """Refuse patterns that name keys of modules, where only weights can be excluded."""
+        weights = {qualified(name, key) for name, keys in self._targets().items() for key in keys}
+        for pattern in self.recipe.exclude:
+            if pattern in effective or any(match_exclude(key, [pattern]) for key in weights):
+                continue
+            if name := next((key for key in sorted(used) if match_exclude(key, [pattern])), None):
+                self.problems.append(
+                    f"exclude: {pattern!r} names {name} of {opened.role}; name the weight that it "
+                    "changes, as the target spells it"
+                )
 
     def _targets(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         target = self.sources.target

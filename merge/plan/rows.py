@@ -45,7 +45,7 @@ class RowBuilder:
         for opened in self.sources.models:
             self._note_variant(opened)
             self.left_out += opened.left_out
-        reader = AdapterReader(self.recipe, self.sources, self.problems, self.notes)
+        reader = AdapterReader(self.recipe, self.sources, self.problems, self.notes, self.left_out)
         for opened in self.sources.distilled:
             if is_lora(opened.checkpoint.tensors):
                 self._loras[opened.role] = reader.read(opened)
