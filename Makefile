@@ -55,8 +55,9 @@ quality: $(VENV)/.setup-dev  ## Check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A process per core; torch's own threads would compete with them.
 test: $(VENV)/.setup-dev  ## Everything that needs no GPU and no network
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.setup-dev  ## The full-size tests, minutes and gigabytes
 	$(BIN)/pytest -m slow
