@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from merge.keymap import UNetArchitecture, detect_unet, kohya_stems
+from merge.keymap import UNetArchitecture, detect_unet
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -101,37 +101,3 @@ def test_attention_keys_of_odd_shapes_do_not_matter() -> None:
     odd = {**conv_in, "a.attn2.to_k.weight": (8,), "b.attn2.to_k.weight": (8, 12)}
     assert detect_unet(odd) == UNetArchitecture("sd15", 4, 12, False)
     assert detect_unet({**conv_in, "attn2.to_k.weight": ()}) == detect_unet(conv_in)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_kohya_names_are_one_to_one_on_the_real_keys(family: str) -> None:
-    keys = list(full_unet(family))
-    stems = kohya_stems(keys)
-    weights = [key for key in keys if key.endswith(".weight")]
-    assert list(stems.values()) == weights
-    assert len(stems) == len(weights)
-    assert all("." not in stem and stem.startswith("lora_unet_") for stem in stems)
-
-
-def test_kohya_names_of_the_published_loras() -> None:
-    stems = kohya_stems(full_unet("sdxl"))
-    block = "down_blocks.1.attentions.0.transformer_blocks.0"
-    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0"
-    assert stems[f"{name}_attn1_to_q"] == f"{block}.attn1.to_q.weight"
-    assert stems[f"{name}_attn1_to_out_0"] == f"{block}.attn1.to_out.0.weight"
-    assert stems[f"{name}_ff_net_0_proj"] == f"{block}.ff.net.0.proj.weight"
-    assert stems["lora_unet_add_embedding_linear_1"] == "add_embedding.linear_1.weight"
-    assert stems["lora_unet_conv_in"] == "conv_in.weight"
-
-
-def test_only_weights_have_kohya_names() -> None:
-    assert kohya_stems(["a.b.weight", "a.b.bias", "weight", "a.weight_scale"]) == {
-        "lora_unet_a_b": "a.b.weight"
-    }
-
-
-def test_two_keys_with_one_kohya_name_are_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"a\.b_c\.weight and a_b\.c\.weight have the same .* lora_unet_a_b_c"
-    ):
-        kohya_stems(["a.b_c.weight", "x.weight", "a_b.c.weight"])

@@ -490,7 +490,8 @@ def test_the_registry_names_sources_and_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("dare", {"density": 0}, r"params\.density: 0 is not within 0 \(not 0 itself\) to 1"),
+        ("dare", {"density": 0}, r"params\.density: 0 is not within 1e-06 to 1"),
+        ("ties", {"density": 0}, r"params\.density: 0 is not within 0 \(not 0 itself\) to 1"),
         ("ties", {"density": -0.1}, r"params\.density: -0\.1 is not within"),
         ("dare_ties", {"density": 1.5}, r"params\.density: 1\.5 is not within"),
         ("ties", {"density": math.nan}, r"params\.density: nan is not within"),

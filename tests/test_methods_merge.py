@@ -243,7 +243,8 @@ def test_defaults_are_part_of_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "params", "message"),
     [
-        ("dare", {"density": 0}, r"params\.density: 0 is not within 0 \(not 0 itself\) to 1"),
+        ("dare", {"density": 0}, r"params\.density: 0 is not within 1e-06 to 1"),
+        ("ties", {"density": 0}, r"params\.density: 0 is not within 0 \(not 0 itself\) to 1"),
         ("dare_ties", {"density": 0.0}, r"params\.density: 0\.0 is not within"),
         ("ties", {"densitty": 0.5}, r"did you mean 'density'\?"),
         ("slerp", {"t": 2}, r"params\.t: 2 is not within 0 to 1"),

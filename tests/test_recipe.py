@@ -391,7 +391,7 @@ def test_models_that_cannot_be(problems: Problems, models: str, problem: str) ->
     [
         ("method: add_diff", "method: 'add_diff' is not one of add_difference, ties, dare"),
         ("method: slurp", "method: 'slurp' is not one of add_difference"),
-        ("method: dare\nparams: {density: 0}", "params.density: 0 is not within 0 (not 0 itself)"),
+        ("method: dare\nparams: {density: 0}", "params.density: 0 is not within 1e-06 to 1"),
         ("name: a/b", "name: 'a/b' must be lower-case"),
         ("name: .hidden", "name: '.hidden' must be lower-case"),
         ("components: [unet, vae]", "components: 'vae' is not one of unet, text_encoder"),

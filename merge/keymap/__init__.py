@@ -11,7 +11,6 @@ from merge.keymap.architecture import (
     detect_unet,
 )
 from merge.keymap.blocks import block_order, is_block_name, unet_blocks
-from merge.keymap.kohya import kohya_stems
 from merge.keymap.one_to_one import one_to_one
 from merge.keymap.pairs import KeyPair
 from merge.keymap.single_file import SplitFile, join_single_file, split_single_file
@@ -29,7 +28,6 @@ __all__ = [
     "detect_unet",
     "is_block_name",
     "join_single_file",
-    "kohya_stems",
     "ldm_to_unet",
     "one_to_one",
     "split_single_file",

@@ -32,6 +32,8 @@ __all__ = [
 _DENSITY = Param(
     "density", 0.5, 0, 1, "number", "part of each delta's elements that stays", is_open=True
 )
+# Fewer would leave next to nothing, and dividing by it overflows.
+_KEPT = Param("density", 0.5, 1e-6, 1, "number", "part of each delta's elements that stays")
 _SEED = Param("seed", 0, 0, 2**63 - 1, "integer", "of the random masks")
 # The defaults of mergekit: with the random drop few models meet in an element.
 _MEAN, _SUM = (
@@ -64,14 +66,14 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "dare",
-            (_DENSITY, _SEED),
+            (_KEPT, _SEED),
             "target + weight * random(distilled - base, density) / density",
             "arXiv:2311.03099",
             combine=dare,
         ),
         Method(
             "dare_ties",
-            (_DENSITY, _SEED, _SUM),
+            (_KEPT, _SEED, _SUM),
             "target + weight * agreeing(random(distilled - base, density) / density)",
             "arXiv:2311.03099, arXiv:2306.01708",
             combine=dare_ties,
