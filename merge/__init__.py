@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         load_image,
     )
     from merge.errors import MergeError
+    from merge.extract import extract_lora
     from merge.plan import build_plan
     from merge.recipe import load_recipe
     from merge.run import run_recipe
@@ -40,6 +41,7 @@ _HOMES = {
     "convert": "merge.conversion",
     "edit": "merge.editor",
     "edit_many": "merge.editor",
+    "extract_lora": "merge.extract",
     "load_editor": "merge.editor",
     "load_image": "merge.editor",
     "load_recipe": "merge.recipe",
@@ -58,6 +60,7 @@ __all__ = [
     "convert",
     "edit",
     "edit_many",
+    "extract_lora",
     "load_editor",
     "load_image",
     "load_recipe",

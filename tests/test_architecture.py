@@ -37,12 +37,13 @@ LAYERS = {
     "editor": 4,
     "environment": 4,
     "verify": 5,
+    "extract": 5,
     "run": 6,
     "cli": 7,
     "__main__": 7,
     "__init__": 7,
 }
-TORCH_USERS = {"engine", "editor", "verify"}
+TORCH_USERS = {"engine", "editor", "extract", "verify"}
 PRINTERS = {"cli", "__main__"}
 
 

@@ -25,6 +25,7 @@ _COMMANDS = {
     "edit": "edit",
     "verify": "verify",
     "convert": "convert",
+    "extract-lora": "extract",
     "show": "inspect",
     "env": "inspect",
 }
@@ -48,7 +49,7 @@ class _LazyGroup(click.Group):
         if name not in _COMMANDS:
             return None
         module = importlib.import_module(f"merge.cli.{_COMMANDS[name]}_commands")
-        command: click.Command = getattr(module, f"{name}_command")
+        command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")
         return command
 
     def resolve_command(

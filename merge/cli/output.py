@@ -17,6 +17,7 @@ from tqdm import tqdm
 _STATE = {"debug": False}
 _STAGE_WORDS = {
     "convert": "converting",
+    "extract": "extracting",
     "hash": "hashing",
     "merge": "merging",
     "verify": "editing",

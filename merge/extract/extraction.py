@@ -1,0 +1,276 @@
+"""The delta of a recipe, factored tensor by tensor and written as a LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from merge.engine import choose_device
+from merge.engine.buffers import TORCH_DTYPES
+from merge.errors import (
+    DeviceError,
+    EngineError,
+    MergeError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    RecipeError,
+)
+from merge.extract.deltas import DeltaReader
+from merge.extract.factor import check_target, factor_delta, residual, squared_norm
+from merge.extract.model import ExtractedLayer, ExtractResult, LeftOutDelta
+from merge.extract.names import FORMS, factor_names, module_name, reason_against
+from merge.header import DTYPE_CODES, encode_header
+from merge.plan import MergePlan, TensorPlan, build_plan
+from merge.reader import FileReader
+from merge.recipe import Recipe
+from merge.sources import resolve_sources
+from merge.writer import OutputFile, TensorFileWriter
+from merge.writer.tensors import write_error
+
+DEFAULT_RANK = 64
+DEFAULT_MAX_RANK = 512
+DTYPES = ("float16", "bfloat16", "float32")
+_METHOD = "add_difference"
+_SUFFIX = ".safetensors"
+
+# Stage, what is done, of how much.
+Progress = Callable[[str, int, int], None]
+
+
+def extract_lora(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int = DEFAULT_MAX_RANK,
+    form: str = "kohya",
+    dtype: str = "float16",
+    device: str = "auto",
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> ExtractResult:
+    """Write what a recipe adds to its target as a LoRA.
+
+    One tensor is in memory at a time. The same inputs give the same bytes on the same device. The
+    file appears complete or not at all.
+
+    Args:
+        recipe: Its method must be `add_difference`.
+        out: A new `.safetensors` file.
+        rank: Of every layer; 64 when `energy` is not given either.
+        energy: In place of `rank`: each layer gets the smallest rank that keeps this part of its
+            squared norm, 0 < energy <= 1.
+        max_rank: The most that `energy` may take.
+        form: `kohya` or `peft`.
+        dtype: Of the factors: `float16`, `bfloat16` or `float32`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        overwrite: Replace an existing file.
+        on_progress: Called with `extract`, the tensors done and the tensors in all.
+
+    Raises:
+        RecipeError: the method is not linear in the deltas.
+        PlanError: the models do not fit, or nothing is added.
+        EngineError: every delta is zero, an input is not finite, or a factor leaves `dtype`.
+        OutputError: the file exists, or cannot be written.
+        ValueError: rank and energy together, one of them out of range, or an unknown form or dtype.
+    """
+    if rank is None and energy is None:
+        rank = DEFAULT_RANK
+    check_target(rank, energy, max_rank)
+    for what, value, known in (("form", form, FORMS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"{what} {value!r} is not one of {', '.join(known)}")
+    out = Path(out)
+    if out.suffix != _SUFFIX:
+        raise OutputError(
+            f"the LoRA {out} must have a name that ends in {_SUFFIX}", hint=f"try {out}{_SUFFIX}"
+        )
+    output = OutputFile(out, overwrite=overwrite)
+    output.check()
+    if recipe.method != _METHOD:
+        raise RecipeError(
+            f"the method {recipe.method} has no delta of its own that a LoRA could hold",
+            ["its result depends on the target's values or on all deltas at once"],
+            hint=f"extract with method={_METHOD}",
+        )
+    plan = build_plan(recipe, resolve_sources(recipe))
+    _check_inputs(plan, out)
+    if not any(tensor.is_merged for tensor in plan.tensors):
+        raise PlanError(
+            "there is nothing to extract: the recipe adds nothing to any tensor",
+            [],
+            hint="is its weight 0?",
+        )
+    where = choose_device(device)
+    with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
+        job = _Extraction(plan, form, dtype, spool, rank, energy, max_rank)
+        with _fixed_arithmetic():
+            job.run(where, on_progress)
+        size = job.write(output.partial, recipe.name)
+        output.publish()
+    return ExtractResult(
+        out, form, dtype, size, tuple(job.layers), tuple(job.left_out), tuple(job.unchanged)
+    )
+
+
+class _Extraction:
+    """Factors in a nameless file until all ranks, and so the header, are known."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        form: str,
+        dtype: str,
+        spool: IO[bytes],
+        rank: int | None,
+        energy: float | None,
+        max_rank: int,
+    ) -> None:
+        self._plan = plan
+        self._form = form
+        self._code = DTYPE_CODES[dtype]
+        self._spool = spool
+        self._rank = rank
+        self._energy = energy
+        self._max_rank = max_rank
+        self._has_two = any(part.name == "text_encoder_2" for part in plan.components) or (
+            plan.architecture == "sdxl"
+        )
+        self._spooled: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self.layers: list[ExtractedLayer] = []
+        self.left_out: list[LeftOutDelta] = []
+        self.unchanged: list[str] = []
+
+    def run(self, device: torch.device, on_progress: Progress | None) -> None:
+        """Factor every delta of the plan."""
+        rows = [tensor for tensor in self._plan.tensors if tensor.is_merged]
+        with ExitStack() as stack:
+            readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in self._plan.files]
+            deltas = DeltaReader(self._plan, readers, device)
+            for done, tensor in enumerate(rows, 1):
+                with torch.inference_mode():
+                    self._extract(tensor, deltas.read(tensor))
+                if on_progress is not None:
+                    on_progress("extract", done, len(rows))
+            for reader, file in zip(readers, self._plan.files, strict=True):
+                reader.check_unchanged(file.stamp)
+        if not self.layers:
+            raise EngineError(
+                "there is nothing to extract: no weight has a delta that a LoRA can hold",
+                hint="are base and distilled the same model?",
+            )
+
+    def write(self, path: Path, recipe_name: str) -> int:
+        """Write the file from the spooled factors; return its size."""
+        specs = {name: (self._code, shape) for name, (_, shape) in self._spooled.items()}
+        target = f"rank {self._rank}" if self._energy is None else f"energy {self._energy}"
+        metadata = {
+            "format": "pt",
+            "instruct_merge.extracted_from": recipe_name,
+            "instruct_merge.extracted_with": target,
+        }
+        head, header = encode_header(specs, metadata)
+        with TensorFileWriter(path, header.file_bytes) as writer:
+            for spec in header.tensors:
+                self._spool.seek(self._spooled[spec.name][0])
+                writer.write(memoryview(self._spool.read(spec.size_bytes)), spec.start)
+            writer.finish(head)
+        return header.file_bytes
+
+    def _extract(self, tensor: TensorPlan, delta: torch.Tensor) -> None:
+        squared = squared_norm(delta.view(len(delta), -1))
+        if not math.isfinite(squared):
+            raise NonFiniteError(
+                f"{tensor.key}: its delta has values that are NaN or infinite",
+                hint="the base or the distilled model is damaged; use another one",
+            )
+        reason = reason_against(tensor)
+        if reason:
+            self.left_out.append(LeftOutDelta(tensor.key, tensor.component, reason, squared))
+            return
+        if squared == 0:
+            self.unchanged.append(tensor.key)
+            return
+        found = factor_delta(
+            delta,
+            rank=self._rank,
+            energy=self._energy,
+            max_rank=self._max_rank,
+            # A seed of its own, so that a layer does not depend on the others.
+            seed=int.from_bytes(hashlib.sha256(tensor.key.encode()).digest()[:7], "little"),
+        )
+        stored_in = TORCH_DTYPES[self._code]
+        up, down = found.up.to(stored_in), found.down.to(stored_in)
+        lost = residual(delta.view(len(delta), -1), up.float(), down.float())
+        if not math.isfinite(lost):
+            raise NonFiniteError(
+                f"{tensor.key}: its factors are too large for {stored_in}",
+                hint="store them with --dtype float32",
+            )
+        self._store(tensor, up, down)
+        self.layers.append(
+            ExtractedLayer(
+                tensor.key,
+                tensor.component,
+                tensor.block,
+                found.rank,
+                squared,
+                math.sqrt(lost / squared),
+                found.energy,
+                found.is_capped,
+            )
+        )
+
+    def _store(self, tensor: TensorPlan, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Put the factors of a layer into the spool, convolutions with their kernel below."""
+        module = module_name(tensor, self._form, has_two_encoders=self._has_two)
+        names = factor_names(module, self._form)
+        rank = up.shape[1]
+        inner = tensor.target.shape[1:]
+        ones = (1,) * len(inner[1:])
+        values: Mapping[str, torch.Tensor] = {
+            "down": down.reshape(rank, *inner),
+            "up": up.reshape(len(up), rank, *ones),
+            # Readers divide alpha by the rank, so this means a scale of 1.
+            "alpha": torch.tensor(float(rank), dtype=up.dtype),
+        }
+        for role, name in names.items():
+            if name in self._spooled:
+                raise PlanError(f"two weights have the same module name {module}", [tensor.key])
+            data = values[role].contiguous().cpu()
+            self._spooled[name] = (self._spool.seek(0, 2), tuple(data.shape))
+            try:
+                self._spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            except OSError as error:
+                raise write_error(Path(str(self._spool.name)), error) from error
+
+
+def _check_inputs(plan: MergePlan, out: Path) -> None:
+    if any(file.path.resolve() == out.resolve() for file in plan.files):
+        raise OutputError(f"{out} is an input of the recipe", hint="choose another name")
+
+
+@contextmanager
+def _fixed_arithmetic() -> Iterator[None]:
+    """Fix the number of threads, on which sums depend; name the device's failures."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    except (MergeError, ValueError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"the GPU is out of memory: {error}", hint="try --device cpu") from error
+    except RuntimeError as error:
+        raise DeviceError(f"the device failed: {error}", hint="try --device cpu") from error
+    finally:
+        torch.set_num_threads(before)
