@@ -111,12 +111,16 @@ def extract_lora(
             hint="is its weight 0?",
         )
     where = choose_device(device)
-    with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
-        job = _Extraction(plan, form, dtype, spool, rank, energy, max_rank)
-        with _fixed_arithmetic():
-            job.run(where, on_progress)
-        size = job.write(output.partial, recipe.name)
-        output.publish()
+    try:
+        with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
+            job = _Extraction(plan, form, dtype, spool, rank, energy, max_rank)
+            with _fixed_arithmetic():
+                job.run(where, on_progress)
+            size = job.write(output.partial, recipe.name)
+            output.publish()
+    except OSError as error:
+        # Of the spool: every other file has errors of its own.
+        raise write_error(out, error) from error
     return ExtractResult(
         out, form, dtype, size, tuple(job.layers), tuple(job.left_out), tuple(job.unchanged)
     )
@@ -141,6 +145,10 @@ class _Extraction:
         self._spool = spool
         self._rank = rank
         self._energy = energy
+        # The same for every module, with the rest of the scale in the factors: diffusers 0.42
+        # loses the alphas of attention layers as soon as two modules differ.
+        # Small where the ranks are not known, since factors that shrink lose bits in float16.
+        self._alpha = float(rank or 1)
         self._max_rank = max_rank
         self._has_two = any(part.name == "text_encoder_2" for part in plan.components) or (
             plan.architecture == "sdxl"
@@ -209,8 +217,9 @@ class _Extraction:
             seed=int.from_bytes(hashlib.sha256(tensor.key.encode()).digest()[:7], "little"),
         )
         stored_in = TORCH_DTYPES[self._code]
-        up, down = found.up.to(stored_in), found.down.to(stored_in)
-        lost = residual(delta.view(len(delta), -1), up.float(), down.float())
+        scale = self._alpha / found.rank if self._form == "kohya" else 1.0
+        up, down = ((factor / math.sqrt(scale)).to(stored_in) for factor in (found.up, found.down))
+        lost = residual(delta.view(len(delta), -1), up.float(), down.float(), scale)
         if not math.isfinite(lost):
             raise NonFiniteError(
                 f"{tensor.key}: its factors are too large for {stored_in}",
@@ -240,18 +249,14 @@ class _Extraction:
         values: Mapping[str, torch.Tensor] = {
             "down": down.reshape(rank, *inner),
             "up": up.reshape(len(up), rank, *ones),
-            # Readers divide alpha by the rank, so this means a scale of 1.
-            "alpha": torch.tensor(float(rank), dtype=up.dtype),
+            "alpha": torch.tensor(self._alpha, dtype=up.dtype),
         }
         for role, name in names.items():
             if name in self._spooled:
                 raise PlanError(f"two weights have the same module name {module}", [tensor.key])
             data = values[role].contiguous().cpu()
             self._spooled[name] = (self._spool.seek(0, 2), tuple(data.shape))
-            try:
-                self._spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
-            except OSError as error:
-                raise write_error(Path(str(self._spool.name)), error) from error
+            self._spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check_inputs(plan: MergePlan, out: Path) -> None:
@@ -266,7 +271,7 @@ def _fixed_arithmetic() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         yield
-    except (MergeError, ValueError):
+    except (MergeError, ValueError, OSError):
         raise
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"the GPU is out of memory: {error}", hint="try --device cpu") from error

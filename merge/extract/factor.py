@@ -138,8 +138,10 @@ def squared_norm(values: torch.Tensor) -> float:
     )
 
 
-def residual(matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
-    """Return the squared norm of `matrix - up @ down`, some rows at a time.
+def residual(
+    matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scale: float = 1.0
+) -> float:
+    """Return the squared norm of `matrix - scale * up @ down`, some rows at a time.
 
     Measured, not derived from the singular values: a difference of two nearly equal energies would
     end at the square root of the rounding error.
@@ -147,7 +149,7 @@ def residual(matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> floa
     rows = 256
     return sum(
         squared_norm(
-            torch.addmm(matrix[start : start + rows], up[start : start + rows], down, alpha=-1)
+            torch.addmm(matrix[start : start + rows], up[start : start + rows], down, alpha=-scale)
         )
         for start in range(0, len(matrix), rows)
     )
