@@ -14,6 +14,7 @@ from PIL import Image
 import merge.recipe.bundled as bundled
 from merge import load_recipe
 from merge.cli import main
+from merge.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +22,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def commands() -> list[list[str]]:
@@ -72,8 +77,25 @@ def test_the_annotated_recipe_is_valid_and_names_defaults(tmp_path: Path) -> Non
 
 
 def test_the_table_lists_every_bundled_recipe() -> None:
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|", section("Recipes"), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_every_form_has_a_proof() -> None:
+    proofs = re.findall(r"\| `(test_\w+\.py)::(test_\w+)` \|", README)
+    assert len(proofs) >= 15
+    for file, name in proofs:
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in text, f"{file}::{name}"
+
+
+def test_every_method_is_listed_with_its_params() -> None:
+    lines = re.findall(r"^\| `([a-z_]+)` \|(.*)\|$", section("Methods"), re.MULTILINE)
+    rows = {name: cells.split("|") for name, cells in lines if name != "method"}
+    assert rows.keys() == METHODS.keys()
+    for name, (_, params, _) in rows.items():
+        named = re.findall(r"`(\w+)`", params)
+        assert named == [param.name for param in METHODS[name].params]
 
 
 def test_the_error_shown_is_the_error_given(tmp_path: Path) -> None:
