@@ -66,6 +66,12 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(name.endswith(_ENDINGS) for name in names)
 
 
+def has_magnitudes(names: Iterable[str]) -> bool:
+    """Return True when some of the keys are DoRA's row norms."""
+    endings = tuple(suffix for suffix, role in _ROLES.items() if role == MAGNITUDE)
+    return any(name.endswith(endings) for name in names)
+
+
 def split_role(name: str) -> tuple[str, str]:
     """Split a key into the module's name and the role.
 

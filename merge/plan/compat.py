@@ -14,14 +14,13 @@ from merge.keymap import (
     split_single_file,
 )
 from merge.layout import TensorCopy, copies_of, plan_components
-from merge.lora import is_lora
+from merge.lora import has_magnitudes, is_lora
 from merge.plan.model import LeftOut
 from merge.reader import Checkpoint, read_checkpoint
 from merge.sources import ResolvedModel, SourceFile, Sources
 
 # Components that a single file holds beside the UNet.
 _IN_SINGLE_FILES = ("vae", "text_encoder", "text_encoder_2")
-_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +254,7 @@ def _check_single_file(target: Opened) -> list[str]:
 
 def _is_dora(opened: Opened) -> bool:
     # Only relative to the model that it was trained on is DoRA an additive delta.
-    return any(name.endswith(_DORA) for name in opened.checkpoint.tensors)
+    return has_magnitudes(opened.checkpoint.tensors)
 
 
 def _check_families(sources: OpenedSources) -> list[str]:
