@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import os
-import secrets
-from pathlib import Path
-from types import TracebackType
 
 from merge.errors import OutputExistsError
-from merge.writer.folder import OutputFolder
+from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_error
 
 
-class OutputFile:
-    """Gives a file its final name once it is on the disk.
-
-    Attributes:
-        final: The name that it gets.
-        partial: Where it is written: `<final>.partial-<id>`, on the same file system.
-    """
-
-    def __init__(self, final: Path, *, overwrite: bool) -> None:
-        self.final = final
-        self.overwrite = overwrite
-        self.partial = final.parent / f"{final.name}.partial-{secrets.token_hex(4)}"
-        self._created: list[Path] = []
-        self._published = False
+class OutputFile(PartialOutput):
+    """Gives a file, written at `partial`, its final name once it is on the disk."""
 
     def check(self) -> None:
         """Refuse early what `publish` could not do.
@@ -46,36 +31,11 @@ class OutputFile:
                 hint="choose another name, or remove it yourself",
             )
 
-    def check_space(self, needed_bytes: int) -> None:
-        """Compare the size of the output with the free space.
+    def _begin(self) -> None:
+        """The user of the class creates the file."""
 
-        Raises:
-            NoSpaceError: the disk is too small.
-        """
-        OutputFolder(self.final, overwrite=False).check_space(needed_bytes)
-
-    def __enter__(self) -> OutputFile:
-        self.check()
-        try:
-            missing = self.final.parent
-            while not missing.exists():
-                self._created.append(missing)
-                missing = missing.parent
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._remove_created()
-            raise write_error(self.final.parent, error) from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._published:
-            self.partial.unlink(missing_ok=True)
-            self._remove_created()
+    def _discard(self) -> None:
+        self.partial.unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Give the file its final name.
@@ -88,18 +48,6 @@ class OutputFile:
         try:
             self.partial.replace(self.final)
             self._published = True
-            descriptor = os.open(self.final.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(self.final.parent)
         except OSError as error:
             raise write_error(self.final, error) from error
-
-    def _remove_created(self) -> None:
-        for folder in self._created:
-            try:
-                folder.rmdir()
-            except OSError:
-                # Somebody else uses it by now.
-                return

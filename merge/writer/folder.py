@@ -5,14 +5,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import secrets
 import shutil
 import threading
 from pathlib import Path
-from types import TracebackType
 
-from merge.errors import NoSpaceError, OutputError, OutputExistsError
+from merge.errors import OutputError, OutputExistsError
 from merge.reader import FileReader
+from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_all, write_error
 
 # What tells a folder of ours from one that must not be replaced.
@@ -20,22 +19,16 @@ MARKER = "merge_manifest.json"
 CHUNK_BYTES = 1024 * 1024
 
 
-class OutputFolder:
+class OutputFolder(PartialOutput):
     """Builds a folder beside its final name and renames it once everything is on the disk.
 
     Attributes:
-        final: The name that it gets.
-        partial: Where it is built: `<final>.partial-<id>`, on the same file system.
         marker: A folder without this file is not replaced.
     """
 
     def __init__(self, final: Path, *, overwrite: bool, marker: str = MARKER) -> None:
-        self.final = final
-        self.overwrite = overwrite
+        super().__init__(final, overwrite=overwrite)
         self.marker = marker
-        self.partial = final.parent / f"{final.name}.partial-{secrets.token_hex(4)}"
-        self._created: list[Path] = []
-        self._published = False
 
     def check(self) -> None:
         """Refuse early what `publish` could not do.
@@ -64,46 +57,11 @@ class OutputFolder:
         """Return folders that earlier, killed runs left beside the final name; never touched."""
         return sorted(self.final.parent.glob(f"{glob.escape(self.final.name)}.partial-*"))
 
-    def check_space(self, needed_bytes: int) -> None:
-        """Compare the exact size of the output with the free space.
+    def _begin(self) -> None:
+        self.partial.mkdir()
 
-        Raises:
-            NoSpaceError: the disk is too small.
-        """
-        folder = self.final.parent
-        while not folder.exists():
-            folder = folder.parent
-        status = os.statvfs(folder)
-        free_bytes = status.f_bavail * status.f_frsize
-        if needed_bytes > free_bytes:
-            raise NoSpaceError(
-                f"the output needs {needed_bytes:,} bytes and {folder} has {free_bytes:,} free",
-                hint="free some space, or choose another disk for the output",
-            )
-
-    def __enter__(self) -> OutputFolder:
-        self.check()
-        try:
-            missing = self.final.parent
-            while not missing.exists():
-                self._created.append(missing)
-                missing = missing.parent
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
-        except OSError as error:
-            self._remove_created()
-            raise write_error(self.partial, error) from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._published:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self._remove_created()
+    def _discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file and make it durable."""
@@ -164,14 +122,14 @@ class OutputFolder:
         """
         try:
             for folder, _, _ in os.walk(self.partial):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             self.check()
             old = None
             if os.path.lexists(self.final) and not _is_empty_folder(self.final):
                 old = self.final.parent / f"{self.final.name}.old-{self.partial.name[-8:]}"
             self._swap(old)
             self._published = True
-            _sync_folder(self.final.parent)
+            sync_folder(self.final.parent)
         except OSError as error:
             raise write_error(self.final, error) from error
         if old is not None:
@@ -188,22 +146,6 @@ class OutputFolder:
                 old.rename(self.final)
             raise
 
-    def _remove_created(self) -> None:
-        for folder in self._created:
-            try:
-                folder.rmdir()
-            except OSError:
-                # Somebody else uses it by now.
-                return
-
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""What files and folders that appear whole or not at all have in common."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from merge.errors import NoSpaceError
+from merge.writer.tensors import write_error
+
+
+class PartialOutput(ABC):
+    """Something built beside its final name and renamed once everything is on the disk.
+
+    Attributes:
+        final: The name that it gets.
+        partial: Where it is built: `<final>.partial-<id>`, on the same file system.
+    """
+
+    def __init__(self, final: Path, *, overwrite: bool) -> None:
+        self.final = final
+        self.overwrite = overwrite
+        self.partial = final.parent / f"{final.name}.partial-{secrets.token_hex(4)}"
+        self._created: list[Path] = []
+        self._published = False
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse early what publishing could not do."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Make what is needed before anything can be written."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Remove what was written, as far as there is any."""
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Compare the exact size of the output with the free space.
+
+        Raises:
+            NoSpaceError: the disk is too small.
+        """
+        folder = self.final.parent
+        while not folder.exists():
+            folder = folder.parent
+        status = os.statvfs(folder)
+        free_bytes = status.f_bavail * status.f_frsize
+        if needed_bytes > free_bytes:
+            raise NoSpaceError(
+                f"the output needs {needed_bytes:,} bytes and {folder} has {free_bytes:,} free",
+                hint="free some space, or choose another disk for the output",
+            )
+
+    def __enter__(self) -> Self:
+        self.check()
+        try:
+            missing = self.final.parent
+            while not missing.exists():
+                self._created.append(missing)
+                missing = missing.parent
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self._begin()
+        except OSError as error:
+            self._remove_created()
+            raise write_error(self.partial, error) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._published:
+            self._discard()
+            self._remove_created()
+
+    def _remove_created(self) -> None:
+        for folder in self._created:
+            try:
+                folder.rmdir()
+            except OSError:
+                # Somebody else uses it by now.
+                return
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
