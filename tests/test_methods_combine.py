@@ -53,7 +53,9 @@ def combine(
     result = convert(target.copy())
     pairs = [(convert(d.copy()), convert(b.copy())) for d, b in models]
     extra = {"parents": pairs} if method.needs_parents else {}
-    deltas = [distilled - base for distilled, base in pairs]
+    # numpy gives no array but a number for arrays without dimensions.
+    as_array = torch.asarray if library == "torch" else np.asarray
+    deltas = [as_array(distilled - base) for distilled, base in pairs]
     assert method.combine is not None
     rounded = [round_float32(weight) for weight in weights]
     assert method.combine(result, deltas, rounded, filled, key, start, **extra) is None
@@ -454,6 +456,25 @@ def test_pieces_cover_everything_once() -> None:
     found = [part for (part,) in pieces(array)]
     assert len(found) > 1
     assert np.array_equal(np.concatenate(found), array)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("name", [method.name for method in COMBINED])
+def test_an_array_without_dimensions_is_merged_as_one_of_one_element(
+    name: str, library: str
+) -> None:
+    target = np.array([0.5], np.float32)
+    models = [
+        (np.array([value], np.float32), np.array([0.25], np.float32)) for value in (-2.0, 1.5, 3.0)
+    ]
+    flat = [(d.reshape(()), b.reshape(())) for d, b in models]
+    weights, params = [0.5, 1.0, 0.75], {"density": 0.9}
+    if name not in ("ties", "dare", "dare_ties"):
+        params = {}
+    expected = combine(name, target, models, weights, params, library=library)
+    found = combine(name, target.reshape(()), flat, weights, params, library=library)
+    assert found.shape == ()
+    assert found.tobytes() == expected.tobytes() != target.tobytes()
 
 
 def test_rounding_to_float32() -> None:

@@ -31,9 +31,12 @@ def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     """Yield the same rows of arrays of one shape, in order, as views.
 
     Args:
-        *arrays: `(rows, ...)` or `(elements,)`, each.
+        *arrays: Any shape; one without dimensions is a piece of its own.
     """
     shape = arrays[0].shape
+    if not shape:
+        yield arrays
+        return
     row = math.prod(shape[1:])
     step = max(1, PIECE_ELEMENTS // max(1, row))
     for begin in range(0, shape[0], step):

@@ -29,7 +29,7 @@ def ties(
     One delta at density 1 gives `add_difference` bit for bit.
 
     Args:
-        target: `(elements,)` or `(rows, columns)`, the whole tensor, float32; overwritten.
+        target: Any shape, the whole tensor, float32; overwritten.
         deltas: Same shape each; overwritten.
         weights: One a delta.
         params: `density` and `normalize`.

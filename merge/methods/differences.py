@@ -65,7 +65,7 @@ def capped_difference(
     zeros gains nothing. A delta within the cap is added as `add_difference` adds it.
 
     Args:
-        target: `(elements,)` or `(rows, columns)`, the whole tensor, float32; overwritten.
+        target: Any shape, the whole tensor, float32; overwritten.
         deltas: Same shape each; overwritten.
         weights: One a delta.
         params: `cap`, above 0.

@@ -28,11 +28,11 @@ def slerp(
     When they are nearly parallel or opposite, or one of them is zero and has no direction:
     `(1 - t) u + t v`. Fine-tuned models are nearly parallel in most tensors.
 
-    `t` 0 gives the target and `t` 1 gives `v`. The angle is computed in float64, the two factors
-    are rounded to float32.
+    `t` 0 gives the target and `t` 1 gives `v`. Angle and sines are computed in float64 on the
+    host, whatever the arrays' device, and the two factors are rounded to float32.
 
     Args:
-        target: `(elements,)` or `(rows, columns)`, the whole tensor, float32; overwritten.
+        target: Any shape, the whole tensor, float32; overwritten.
         deltas: Same shape each; overwritten.
         weights: One a delta.
         params: `t`.
