@@ -12,7 +12,7 @@
     ├─ EngineError                 7   the merge itself failed
     │  ├─ NonFiniteError               NaN or Inf, or a value too large for out_dtype
     │  └─ DeviceError                  no such device, or it is out of memory
-    ├─ OutputError                 8   the output folder cannot be written
+    ├─ OutputError                 8   the output cannot be written
     │  ├─ OutputExistsError
     │  └─ NoSpaceError
     └─ VerificationError           9   the merged model failed a check
@@ -130,11 +130,11 @@ class OutputError(MergeError):
     """The output cannot be written."""
 
     exit_code = 8
-    default_hint = "choose another folder with --out"
+    default_hint = "choose another place for the output"
 
 
 class OutputExistsError(OutputError):
-    """The output folder exists already."""
+    """The output exists already."""
 
 
 class NoSpaceError(OutputError):

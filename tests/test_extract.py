@@ -437,3 +437,11 @@ def test_the_command(tmp_path: Path) -> None:
     both = run(recipe, out, "--rank", "4", "--energy", "0.9")
     assert both.returncode == 2
     assert "either --rank or --energy" in both.stderr
+
+
+def test_the_hint_of_a_failed_write_fits_a_command_without_out(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    shown = run(str(write_recipe(tmp_path)), str(tmp_path / "file" / "out.safetensors"))
+    assert shown.returncode == 8, shown.stderr
+    assert shown.stderr.endswith("hint: choose another place for the output\n")
