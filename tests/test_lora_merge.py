@@ -295,20 +295,19 @@ def dora_delta(base: torch.Tensor, delta: np.ndarray, magnitude: torch.Tensor) -
     return magnitude.numpy().astype(np.float64).reshape(-1, 1) * adapted / length - weight
 
 
-@pytest.mark.parametrize(
-    ("path", "form", "factors", "shape"),
-    [
-        (TO_K, "lora", random(70, down=(3, 12), up=(8, 3)), (8, 1)),
-        (CONV, "lora", random(71, down=(3, 8, 3, 3), up=(8, 3, 1, 1)), (8, 1, 1, 1)),
-        (
-            TO_K,
-            "loha",
-            random(72, hada_w1_a=(8, 3), hada_w1_b=(3, 12), hada_w2_a=(8, 3), hada_w2_b=(3, 12)),
-            (8, 1),
-        ),
-    ],
-    ids=["linear", "convolution", "LoHa"],
-)
+DORA: dict[str, tuple[str, str, Tensors, tuple[int, ...]]] = {
+    "linear": (TO_K, "lora", random(70, down=(3, 12), up=(8, 3)), (8, 1)),
+    "convolution": (CONV, "lora", random(71, down=(3, 8, 3, 3), up=(8, 3, 1, 1)), (8, 1, 1, 1)),
+    "LoHa": (
+        TO_K,
+        "loha",
+        random(72, hada_w1_a=(8, 3), hada_w1_b=(3, 12), hada_w2_a=(8, 3), hada_w2_b=(3, 12)),
+        (8, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "form", "factors", "shape"), DORA.values(), ids=DORA.keys())
 def test_dora_is_the_difference_that_it_makes_to_its_base(
     tmp_path: Path, path: str, form: str, factors: Tensors, shape: tuple[int, ...]
 ) -> None:
