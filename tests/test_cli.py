@@ -101,10 +101,15 @@ def test_recipes_are_listed_printed_and_copied(
     assert set(names) == {
         "demo",
         "demo-lora",
+        "magicbrush-lcm-lora",
+        "sd15-hyper-lora",
         "sd15-lcm-lora",
-        "sdxl-turbo",
+        "sd15-tcd-lora",
+        "sdxl-dmd2",
         "sdxl-lcm",
         "sdxl-lcm-lora",
+        "sdxl-lightning",
+        "sdxl-turbo",
     }
     assert [item["name"] for item in json.loads(call(capsys, "recipes", "--json")[1])] == names
     _, text, _ = call(capsys, "recipes", "sdxl-turbo")
