@@ -164,7 +164,7 @@ class _Run:
         self._lap("records", mark)
         run = run_record(plan, self.seconds, merged.device, merged.workers)
         folder.write_file(RUN_NAME, json_bytes(run))
-        card = render_card(self.recipe, plan, sources, digest)
+        card = render_card(folder.partial)
         folder.write_file(CARD_NAME, card.encode())
         return digest, files
 

@@ -1,0 +1,244 @@
+"""What the records of an export say, as far as its card tells it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.card.fields import Fields
+from merge.errors import CheckpointError, SourceNotFoundError
+from merge.export import PIPELINE_CLASSES
+from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_locked_recipe, read_manifest
+
+REPORT_NAME = "report.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SINGLE_FILE = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
+_PICTURE = re.compile(r"images/\d{2,}-\d+-(source|merged)\.png", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A model that was merged.
+
+    Attributes:
+        role: `target`, `base`, `distilled`, or `distilled[1]` when there are several.
+        name: Hub id, or the name of a local file or folder.
+        commit: 40 hexadecimal digits, or empty for a local model.
+        weight: Of a distilled model; None for the others.
+    """
+
+    role: str
+    name: str
+    commit: str
+    weight: float | None
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Return True when others can fetch it."""
+        return bool(self.commit)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFacts:
+    """One kind of check, over all edits.
+
+    Attributes:
+        name: As in the report.
+        values: What was measured, each with its limit.
+        rule: `at least` or `at most`.
+        failed: How many did not pass.
+    """
+
+    name: str
+    values: tuple[tuple[float, float], ...]
+    rule: str
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EditFacts:
+    """One edit of the report whose two pictures are in the folder.
+
+    Attributes:
+        instruction: As it was given.
+        source: File in the folder.
+        merged: File in the folder.
+        steps: num_inference_steps.
+        guidance_scale: Of the instruction.
+        image_guidance_scale: Of the picture.
+        resolution: Short side in pixels.
+        seed: Of the noise.
+    """
+
+    instruction: str
+    source: str
+    merged: str
+    steps: int
+    guidance_scale: float
+    image_guidance_scale: float
+    resolution: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFacts:
+    """What a verification found."""
+
+    passed: bool
+    checks: tuple[CheckFacts, ...]
+    edits: tuple[EditFacts, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """Everything that a card tells.
+
+    Attributes:
+        manifest: All of `merge_manifest.json`.
+        recipe: The recipe of the lock.
+        architecture: A key of `PIPELINE_CLASSES`.
+        parents: Target, base, then distilled in recipe order.
+        scheduler: Class name.
+        single_file: Name of the LDM/SGM file that is there, or empty.
+        is_pipeline: False for a UNet alone.
+        has_unet_config: `unet/config.json` is there.
+        report: None when nothing was verified.
+    """
+
+    manifest: Fields
+    recipe: Fields
+    architecture: str
+    parents: tuple[Parent, ...]
+    scheduler: str
+    single_file: str
+    is_pipeline: bool
+    has_unet_config: bool
+    report: ReportFacts | None
+
+    @property
+    def weight_files(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return name to `size` and `sha256` of the files that hold tensors, sorted by name."""
+        files = self.manifest.tree["files"]
+        return {name: files[name] for name in sorted(files) if name.endswith(".safetensors")}
+
+
+def read_facts(folder: Path) -> CardFacts:
+    """Read the records of an export.
+
+    Raises:
+        SourceNotFoundError: it has no manifest or no lock.
+        CheckpointError: a record is broken.
+    """
+    manifest_tree, recipe_tree = read_manifest(folder), read_locked_recipe(folder)
+    for name, tree in ((MANIFEST_NAME, manifest_tree), (LOCK_NAME, recipe_tree)):
+        if tree is None:
+            raise SourceNotFoundError(
+                f"{folder} has no {name}", hint="only outputs of `run` have a card"
+            )
+    manifest = Fields(manifest_tree, MANIFEST_NAME)
+    recipe = Fields(recipe_tree, LOCK_NAME)
+    architecture = manifest.text("architecture")
+    if architecture not in PIPELINE_CLASSES:
+        raise CheckpointError(f"{MANIFEST_NAME}: there is no architecture {architecture!r}")
+    singles = [
+        name
+        for name in sorted(manifest.tree["files"])
+        if _SINGLE_FILE.fullmatch(name) and (folder / name).is_file()
+    ]
+    return CardFacts(
+        manifest=manifest,
+        recipe=recipe,
+        architecture=architecture,
+        parents=_parents(manifest.table("inputs"), recipe),
+        scheduler=recipe.table("scheduler").text("class_name", "LCMScheduler"),
+        single_file=singles[0] if singles else "",
+        is_pipeline=(folder / "model_index.json").is_file(),
+        has_unet_config=(folder / "unet" / "config.json").is_file(),
+        report=_read_report(folder, manifest),
+    )
+
+
+def _parents(inputs: Fields, recipe: Fields) -> tuple[Parent, ...]:
+    distilled = recipe.table("models").tables("distilled")
+    weights = {
+        "distilled" if len(distilled) == 1 else f"distilled[{index}]": ref.number("weight", 1.0)
+        for index, ref in enumerate(distilled)
+    }
+    order = {role: index for index, role in enumerate(("target", "base", *weights))}
+    roles = sorted(inputs.tree, key=lambda role: (order.get(role, len(order)), str(role)))
+    return tuple(_parent(role, inputs.table(role), weights.get(role)) for role in roles)
+
+
+def _parent(role: str, record: Fields, weight: float | None) -> Parent:
+    if "repo" not in record:
+        return Parent(role, record.text("name"), "", weight)
+    repo, commit = record.text("repo"), record.text("commit")
+    if not HUB_ID.fullmatch(repo) or not _COMMIT.fullmatch(commit):
+        raise CheckpointError(f"{MANIFEST_NAME}: {repo!r} at {commit!r} is no model of the Hub")
+    return Parent(role, repo, commit, weight)
+
+
+def _read_report(folder: Path, manifest: Fields) -> ReportFacts | None:
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    report = Fields(tree, REPORT_NAME)
+    digest = report.table("summary").text("recipe_digest", "")
+    if digest and digest != manifest.text("recipe_digest", digest):
+        raise CheckpointError(
+            f"{path} is the report of another model: it has recipe digest {digest[:64]}",
+            hint="verify the folder again",
+        )
+    edits = (_edit(folder, edit) for edit in report.tables("edits"))
+    return ReportFacts(
+        passed=report.flag("passed"),
+        checks=_checks(report.tables("checks")),
+        edits=tuple(edit for edit in edits if edit is not None),
+        notes=report.texts("notes"),
+    )
+
+
+def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
+    kinds: dict[str, list[Fields]] = {}
+    for check in checks:
+        kinds.setdefault(check.text("name"), []).append(check)
+    return tuple(
+        CheckFacts(
+            name,
+            tuple((check.measure("value"), check.measure("limit")) for check in kind),
+            kind[0].text("rule", ""),
+            sum(not check.flag("passed") for check in kind),
+        )
+        for name, kind in kinds.items()
+    )
+
+
+def _edit(folder: Path, edit: Fields) -> EditFacts | None:
+    found = {}
+    for name in edit.texts("files"):
+        match = _PICTURE.fullmatch(name)
+        if match and (folder / name).is_file():
+            found[match[1]] = name
+    if len(found) < 2:
+        return None
+    settings = edit.table("settings")
+    return EditFacts(
+        instruction=edit.text("instruction"),
+        source=found["source"],
+        merged=found["merged"],
+        steps=settings.count("steps"),
+        guidance_scale=settings.number("guidance_scale"),
+        image_guidance_scale=settings.number("image_guidance_scale"),
+        resolution=settings.count("resolution"),
+        seed=edit.count("seed"),
+    )

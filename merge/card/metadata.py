@@ -1,0 +1,63 @@
+"""The front matter of a card: what the Hub's filters and widgets read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from merge.card.escape import one_line
+from merge.card.facts import CardFacts
+
+_FAMILY_TAGS = {
+    "sd15": "stable-diffusion",
+    "sd21": "stable-diffusion",
+    "sdxl": "stable-diffusion-xl",
+}
+_SCHEDULER_TAGS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
+
+
+@dataclass(frozen=True, slots=True)
+class CardLicence:
+    """The licence of a merged model.
+
+    Attributes:
+        id: As the Hub has it, e.g. `creativeml-openrail-m` or `other`.
+        name: Of a licence that is `other`.
+        link: To the text of a licence that is `other`.
+        notes: Sentences for people. One that begins with the Hub id of a parent and a colon also
+            stands beside that parent.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def front_matter(facts: CardFacts, licence: CardLicence | None) -> str:
+    """Return the YAML block with its two rules, no line break at the end.
+
+    Source: https://huggingface.co/docs/hub/model-cards
+    """
+    tree: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
+    parents = list(dict.fromkeys(parent.name for parent in facts.parents if parent.is_on_hub))
+    if parents:
+        tree |= {"base_model": parents, "base_model_relation": "merge"}
+    tree["tags"] = _tags(facts)
+    if licence is not None:
+        tree["license"] = one_line(licence.id)
+        for key, value in (("license_name", licence.name), ("license_link", licence.link)):
+            if value:
+                tree[key] = one_line(value, 2000)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{text}---"
+
+
+def _tags(facts: CardFacts) -> list[str]:
+    tags = ["instruct-pix2pix", "merge", _SCHEDULER_TAGS.get(facts.scheduler, "few-step")]
+    method = facts.recipe.text("method")
+    if method != "add_difference":
+        tags.append(one_line(method).replace("_", "-"))
+    return list(dict.fromkeys([*tags, _FAMILY_TAGS[facts.architecture], "image-to-image"]))
