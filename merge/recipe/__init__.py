@@ -1,7 +1,7 @@
 """Recipes: the YAML that names the models and says how to merge them."""
 
 from merge.recipe.bundled import bundled_recipes, find_recipe
-from merge.recipe.load import load_recipe
+from merge.recipe.load import load_recipe, parse_recipe
 from merge.recipe.schema import (
     DistilledRef,
     EditSpec,
@@ -25,4 +25,5 @@ __all__ = [
     "bundled_recipes",
     "find_recipe",
     "load_recipe",
+    "parse_recipe",
 ]

@@ -51,6 +51,20 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}", []) from error
+    return parse_recipe(text, path, overrides)
+
+
+def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Override and check a recipe that was read already.
+
+    Args:
+        text: YAML.
+        path: Where it is from: for messages, and for paths relative to it.
+        overrides: As for `load_recipe`.
+
+    Raises:
+        RecipeError: with all problems at once.
+    """
     problems: list[str] = []
     tree = parse_yaml(text, Recipe, problems)
     _list_distilled(tree)
