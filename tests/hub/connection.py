@@ -34,6 +34,7 @@ def _route(method: str, pattern: str) -> tuple[str, re.Pattern[str]]:
 
 # Matched against the quoted path: a revision such as refs/pr/1 has no slashes there.
 _ROUTES: dict[tuple[str, re.Pattern[str]], Callable[..., Answer]] = {
+    _route("GET", "/api/agent-harnesses"): downloads.harnesses,
     _route("GET", "/api/whoami-v2"): downloads.whoami,
     _route("GET", "/api/models/ID"): downloads.info,
     _route("GET", "/api/models/ID/revision/REV"): downloads.info,

@@ -21,6 +21,11 @@ class Download(NamedTuple):
     name: str
 
 
+def harnesses(hub: HubServer, request: Request) -> Answer:
+    """List the programs whose names clients add to theirs: none; each new cache asks once."""
+    return Answer.of({"standardEnvVars": [], "harnesses": {}})
+
+
 def whoami(hub: HubServer, request: Request) -> Answer:
     """Say whose token it is."""
     scope = hub.scope(request)

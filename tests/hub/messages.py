@@ -103,7 +103,8 @@ class RefusedError(Exception):
         **more: object,
     ) -> None:
         super().__init__(f"{status} {message}")
-        stated = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
+        line = " ".join(message.split())
+        stated = {"X-Error-Code": code, "X-Error-Message": line, **(headers or {})}
         kept = {name: value for name, value in stated.items() if value}
         self.answer = Answer.of({"error": message, **more})
         self.answer.status = status

@@ -166,7 +166,7 @@ class Repositories:
 
     def __init__(self, root: Path, objects: Path) -> None:
         self.root = root
-        self.objects = objects
+        self._objects = objects
         self.lock = threading.RLock()
         self._known: dict[str, Repository] = {}
 
@@ -182,14 +182,15 @@ class Repositories:
     def create(self, repo: str, *, private: bool = False) -> Repository:
         """Make a repository that holds what every new one holds."""
         found = self._known[repo] = Repository(repo, private)
-        attributes = Entry(self.keep([_ATTRIBUTES.encode()]), large=False)
+        attributes = Entry(self.keep(repo, [_ATTRIBUTES.encode()]), large=False)
         found.add(MAIN, {".gitattributes": attributes}, "initial commit")
         return found
 
-    def keep(self, chunks: Iterable[bytes]) -> Path:
-        """Write bytes to the place that their digest gives them."""
+    def keep(self, repo: str, chunks: Iterable[bytes]) -> Path:
+        """Write bytes to the place that their digest gives them in a repository."""
         digest = hashlib.sha256()
-        with tempfile.NamedTemporaryFile(dir=self.objects, delete=False) as file:
+        folder = self.folder(repo)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             part = Path(file.name)
             try:
                 for chunk in chunks:
@@ -198,12 +199,18 @@ class Repositories:
             except BaseException:
                 part.unlink()
                 raise
-        return part.rename(self.objects / digest.hexdigest())
+        return part.rename(folder / digest.hexdigest())
 
-    def held(self, sha256: str) -> Path | None:
-        """Return the place of bytes that came in, if they did."""
-        path = self.objects / sha256
+    def held(self, repo: str, sha256: str) -> Path | None:
+        """Return the place of bytes that came in for a repository, if they did."""
+        path = self.folder(repo) / sha256
         return path if path.is_file() else None
+
+    def folder(self, repo: str) -> Path:
+        """Return where the bytes are that came in for a repository, named by their SHA-256."""
+        folder = self._objects / repo
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
 
 def first_commit(repo: str) -> str:

@@ -155,11 +155,11 @@ class HubServer(ThreadingHTTPServer):
             raise RefusedError(401, "Invalid credentials in Authorization header")
         return self.tokens[request.token]
 
-    def must_write(self, request: Request) -> None:
+    def must_write(self, request: Request, code: str = "") -> None:
         """Refuse a request that may not write."""
         scope = self.scope(request)
         if not scope:
-            raise RefusedError(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.", code)
         if scope != "write":
             raise RefusedError(403, "Authorization error.")
 
@@ -173,7 +173,8 @@ class HubServer(ThreadingHTTPServer):
             message = "Repository not found" if known else "Invalid username or password."
             raise RefusedError(404 if known else 401, message, "RepoNotFound")
         if write:
-            self.must_write(request)
+            # Behind https the client takes a plain 401 for this; behind http it has to be said.
+            self.must_write(request, "RepoNotFound")
         return repository
 
     def snapshot(

@@ -79,7 +79,7 @@ def lfs_batch(hub: HubServer, request: Request, repo: str) -> Answer:
     for wanted in asked["objects"]:
         place = f"{hub.url}/{repo}.git/lfs/{wanted['oid']}"
         found = {"oid": wanted["oid"], "size": wanted["size"]}
-        if not hub.repositories.held(wanted["oid"]):
+        if not hub.repositories.held(repo, wanted["oid"]):
             found["actions"] = {"upload": {"href": place}, "verify": {"href": f"{place}/verify"}}
         objects.append(found)
     return Answer.of({"transfer": "basic", "objects": objects})
@@ -87,7 +87,7 @@ def lfs_batch(hub: HubServer, request: Request, repo: str) -> Answer:
 
 def lfs_put(hub: HubServer, request: Request, repo: str, oid: str) -> Answer:
     """Take the bytes of a large file; the address alone is the permission."""
-    kept = hub.repositories.keep(request.chunks)
+    kept = hub.repositories.keep(repo, request.chunks)
     if kept.name != oid:
         raise RefusedError(400, f"The bytes have the digest {kept.name}, not {oid}")
     return Answer(200, {"ETag": f'"{oid}"'})
@@ -97,7 +97,7 @@ def lfs_verify(hub: HubServer, request: Request, repo: str, oid: str) -> Answer:
     """Confirm that a large file has come in as announced."""
     stated = request.json()
     hub.reach(request, repo, write=True)
-    kept = hub.repositories.held(oid)
+    kept = hub.repositories.held(repo, oid)
     if not kept or kept.stat().st_size != stated["size"]:
         raise RefusedError(422, "The object is not there, or has another size")
     return Answer.of({})
@@ -122,11 +122,11 @@ def commit(hub: HubServer, request: Request, repo: str, revision: str) -> Answer
     opens = request.has("create_pr")
     if not opens and not repository.is_movable(revision):
         raise RefusedError(404, f"{revision} is no branch", "RevisionNotFound")
-    _fetch_chunked(hub, lines)
+    _fetch_chunked(hub, repo, lines)
     with hub.repositories.lock:
         head = repository.find(revision) or head
         base = _find_parent(repository, head, expected, opens=opens)
-        files = _carry_out(hub, base, lines)
+        files = _carry_out(hub, repo, base, lines)
         ref = repository.ref(revision)
         answer: dict[str, object] = {"success": True, "hookOutput": ""}
         if opens:
@@ -149,7 +149,9 @@ def _find_parent(repository: Repository, head: Commit, expected: str, *, opens: 
     raise RefusedError(412, _MOVED)
 
 
-def _carry_out(hub: HubServer, base: Commit, lines: list[dict[str, Any]]) -> dict[str, Entry]:
+def _carry_out(
+    hub: HubServer, repo: str, base: Commit, lines: list[dict[str, Any]]
+) -> dict[str, Entry]:
     files = base.files
     for line in lines:
         kind, value = line["key"], line["value"]
@@ -160,9 +162,9 @@ def _carry_out(hub: HubServer, base: Commit, lines: list[dict[str, Any]]) -> dic
             data = base64.b64decode(value["content"])
             if name == "README.md" and (errors := _check_card(data.decode())[0]):
                 raise RefusedError(400, f"Invalid metadata in README.md: {errors[0]}")
-            files[name] = Entry(hub.repositories.keep([data]), large=False)
+            files[name] = Entry(hub.repositories.keep(repo, [data]), large=False)
         elif kind == "lfsFile":
-            kept = hub.repositories.held(value["oid"])
+            kept = hub.repositories.held(repo, value["oid"])
             if not kept or kept.stat().st_size != value.get("size", kept.stat().st_size):
                 raise RefusedError(400, f"The bytes of {name} have not come in")
             files[name] = Entry(kept, large=True)
@@ -181,12 +183,12 @@ def _carry_out(hub: HubServer, base: Commit, lines: list[dict[str, Any]]) -> dic
     return files
 
 
-def _fetch_chunked(hub: HubServer, lines: list[dict[str, Any]]) -> None:
+def _fetch_chunked(hub: HubServer, repo: str, lines: list[dict[str, Any]]) -> None:
     """Fetch the files that came in by way of the store for content in chunks."""
     oids = [line["value"]["oid"] for line in lines if line["key"] == "lfsFile"]
-    missing = {oid for oid in oids if not hub.repositories.held(oid)}
+    missing = {oid for oid in oids if not hub.repositories.held(repo, oid)}
     if missing:
-        for path in xet.rebuild(hub.xet_store, missing, hub.repositories.objects):
+        for path in xet.rebuild(hub.xet_store, missing, hub.repositories.folder(repo)):
             hub.chunked.add(path.name)
 
 

@@ -56,7 +56,7 @@ def rebuild(store: Path, wanted: set[str], folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: A file came out with another digest.
+        ValueError: The store cannot be read, or a file came out with another digest.
     """
     indices = sorted((store / "xet/xorbs/shards").glob("*.mdb"))
     found = {file.sha256: file for index in indices for file in _files(index.read_bytes())}
@@ -64,22 +64,19 @@ def rebuild(store: Path, wanted: set[str], folder: Path) -> list[Path]:
     if not asked:
         return []
     with tempfile.TemporaryDirectory() as scratch:
-        # A database of the store is locked as long as the client lives; it is not needed to read.
+        # Its database is locked as long as the client lives, which a copy of it is not.
         mirror = Path(scratch, "store")
-        shutil.copytree(
-            store / "xet/xorbs",
-            mirror / "xet/xorbs",
-            ignore=shutil.ignore_patterns("*.redb"),
-            copy_function=os.link if store.stat().st_dev == Path(scratch).stat().st_dev else _copy,
-        )
+        shutil.copytree(store / "xet/xorbs", mirror / "xet/xorbs")
         orders = [(file.digest, file.size, f"{scratch}/{file.sha256}") for file in asked]
         # In a process of its own, since the library keeps threads and writes logs.
-        subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-c", _REBUILD, str(mirror), json.dumps(orders)],
-            check=True,
             capture_output=True,
+            text=True,
             env={**os.environ, "HF_HOME": scratch, "HOME": scratch},
         )
+        if child.returncode:
+            raise ValueError(f"the store cannot be read: {child.stderr}")
         paths = []
         for file in asked:
             path = Path(scratch, file.sha256)
@@ -87,10 +84,6 @@ def rebuild(store: Path, wanted: set[str], folder: Path) -> list[Path]:
                 raise ValueError(f"{file.sha256} came out of the store with another digest")
             paths.append(Path(shutil.move(path, folder / file.sha256)))
     return paths
-
-
-def _copy(source: str, target: str) -> str:
-    return shutil.copy2(source, target)
 
 
 def _files(index: bytes) -> Iterator[_Stored]:
