@@ -7,13 +7,15 @@ buffer (3.2 against 12 GB/s for cached files).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
 from merge.header import LENGTH_BYTES, Header, TensorSpec, parse_header, parse_length
@@ -52,6 +54,47 @@ class FileStamp:
         return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+class ByteReader(Protocol):
+    """Positioned reads of one file, wherever it is.
+
+    Attributes:
+        path: The file.
+        stamp: What it was when it was opened.
+    """
+
+    path: Path
+    stamp: FileStamp
+
+    def __enter__(self) -> ByteReader: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes from a position."""
+        ...
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer from a position."""
+        ...
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Say what is read next, so that it can be fetched meanwhile."""
+        ...
+
+
+class Opener(Protocol):
+    """Opens a file by its path, and checks that it is the one that was planned."""
+
+    def __call__(self, path: Path, expected: FileStamp | None = None) -> ByteReader:
+        """Open a file for reading."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
     """One weight file and where its tensors are.
@@ -62,6 +105,7 @@ class CheckpointFile:
         header: Of a safetensors file; for a pickle the same table, without metadata.
         is_pickle: True for an archive that `torch.save` wrote.
         left_out: What a pickle holds besides the tensors of its state dict, with the reasons.
+        opener: How its header was reached, and its scalars are.
     """
 
     path: Path
@@ -69,6 +113,7 @@ class CheckpointFile:
     header: Header
     is_pickle: bool = False
     left_out: tuple[tuple[str, str], ...] = ()
+    opener: Opener = field(default_factory=lambda: FileReader, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +141,21 @@ class Checkpoint:
         return {key: spec.shape for key, (_, spec) in self.tensors.items()}
 
 
-def read_checkpoint(paths: Sequence[Path], *, allow_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(
+    paths: Sequence[Path], *, allow_pickle: bool = False, opener: Opener | None = None
+) -> Checkpoint:
     """Read the headers of a model's files; no tensor data.
 
     Args:
         paths: One file, or all shards.
         allow_pickle: Also take archives that `torch.save` wrote. Nothing in them is run.
+        opener: For files that need not be on this disk; default: they are.
 
     Raises:
         SourceNotFoundError: a file cannot be opened.
         CheckpointError: a header breaks a rule, or two shards hold the same tensor.
     """
-    files = tuple(read_header(path, allow_pickle=allow_pickle) for path in paths)
+    files = tuple(read_header(path, allow_pickle=allow_pickle, opener=opener) for path in paths)
     tensors: dict[str, tuple[int, TensorSpec]] = {}
     for index, file in enumerate(files):
         for spec in file.header.tensors:
@@ -118,7 +166,9 @@ def read_checkpoint(paths: Sequence[Path], *, allow_pickle: bool = False) -> Che
     return Checkpoint(files, tensors, files[0].header.metadata if files else {})
 
 
-def read_header(path: Path, *, allow_pickle: bool = False) -> CheckpointFile:
+def read_header(
+    path: Path, *, allow_pickle: bool = False, opener: Opener | None = None
+) -> CheckpointFile:
     """Read and check the header of one weight file.
 
     What a file is, its first bytes decide, not its name.
@@ -126,19 +176,21 @@ def read_header(path: Path, *, allow_pickle: bool = False) -> CheckpointFile:
     Args:
         path: The file.
         allow_pickle: Also take an archive that `torch.save` wrote. Nothing in it is run.
+        opener: For a file that need not be on this disk; default: it is.
 
     Raises:
         SourceNotFoundError: the file cannot be opened.
         CheckpointError: a rule of the format is broken; the message names file and rule.
     """
-    with FileReader(path) as reader:
+    opener = opener or FileReader
+    with opener(path) as reader:
         try:
-            return _read_header(reader, allow_pickle)
+            return dataclasses.replace(_read_header(reader, allow_pickle), opener=opener)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
 
 
-def _read_header(reader: FileReader, allow_pickle: bool) -> CheckpointFile:
+def _read_header(reader: ByteReader, allow_pickle: bool) -> CheckpointFile:
     path, stamp = reader.path, reader.stamp
     size = stamp.size_bytes
     head = reader.read(0, min(HEAD_BYTES, size))
@@ -182,6 +234,14 @@ def verify_records(path: Path, stamp: FileStamp) -> None:
             raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
 
 
+def prefetch_scalars(file: CheckpointFile, specs: Sequence[TensorSpec]) -> None:
+    """Say what `read_scalar` is asked for next: each takes a round trip for a file of the Hub."""
+    with file.opener(file.path, file.stamp) as reader:
+        for spec in specs:
+            if spec.element_count == 1:
+                reader.will_need(spec.start, spec.size_bytes)
+
+
 def read_scalar(file: CheckpointFile, spec: TensorSpec) -> float:
     """Read a one-element tensor such as a LoRA's alpha.
 
@@ -190,7 +250,7 @@ def read_scalar(file: CheckpointFile, spec: TensorSpec) -> float:
     """
     if spec.element_count != 1 or (spec.dtype != "BF16" and spec.dtype not in _SCALAR_FORMATS):
         raise CheckpointError(f"{file.path}: {spec.name} is no single number")
-    with FileReader(file.path, file.stamp) as reader:
+    with file.opener(file.path, file.stamp) as reader:
         data = reader.read(spec.start, spec.size_bytes)
     if spec.dtype == "BF16":
         # bfloat16 is the upper half of a float32.

@@ -113,7 +113,7 @@ def test_single_files_give_the_weights_of_the_folders(
     assert "vae/diffusion_pytorch_model.safetensors" in manifest["files"]
     assert verify_files(tmp_path / "files") == len(manifest["files"])
     lock = yaml.safe_load((tmp_path / "files" / "recipe.lock.yaml").read_text())
-    assert lock["recipe"]["models"]["target"]["config"] == "target"
+    assert lock["recipe"]["models"]["target"]["config"] == "./target"
 
 
 def test_the_plan_names_what_a_single_file_holds_besides(

@@ -431,11 +431,14 @@ def test_a_cache_that_cannot_be_written_is_no_network_fault(hub: HubServer, tmp_
     assert "HF_HOME" in error["hint"]
 
 
-def test_a_locked_digest_is_expected_rather_than_the_hubs(hub: HubServer, tmp_path: Path) -> None:
+def test_a_digest_of_the_recipe_is_compared_with_the_hubs(hub: HubServer, tmp_path: Path) -> None:
     name = "unet/diffusion_pytorch_model.safetensors"
     cases = [[f"models.base.sha256[{key}]={'1' * 64}"] for key in (name, "config.json")]
-    found, unused = resolve_each(hub, write_recipe(tmp_path), *cases)
-    assert found["base"]["sha256"] == {name: "1" * 64}
+    other, unused = resolve_each(hub, write_recipe(tmp_path), *cases)
+    # Known from the listing: nothing has to be downloaded to see it.
+    assert f"{name} has SHA-256 " in other["error"]["message"]
+    assert f"and {'1' * 64} is expected" in other["error"]["message"]
+    assert not [asked for asked in hub.downloads if asked.name == name]
     message = "models.base: sha256 names files that are not used: config.json"
     assert unused["error"]["message"] == message
 
@@ -495,16 +498,17 @@ def test_a_run_records_commits_and_digests_and_no_token(
 
 
 @pytest.mark.parametrize(
-    ("repo", "name"),
+    ("role", "name"),
     [
-        ("tiny/distilled", "diffusion_pytorch_model.safetensors"),
-        ("tiny/target", "vae/diffusion_pytorch_model.safetensors"),
+        ("distilled", "diffusion_pytorch_model.safetensors"),
+        ("target", "vae/diffusion_pytorch_model.safetensors"),
     ],
     ids=["merged", "copied"],
 )
 def test_bytes_that_differ_from_the_stated_digest_end_the_run(
-    tiny_hub: HubServer, tmp_path: Path, repo: str, name: str
+    tiny_hub: HubServer, tmp_path: Path, role: str, name: str
 ) -> None:
+    repo = f"tiny/{role}"
     tiny_hub.wrong_sha256[repo, name] = "0" * 64
     actual = hashlib.sha256((tiny_hub.root / repo / name).read_bytes()).hexdigest()
     out = tmp_path / "out"
@@ -512,7 +516,9 @@ def test_bytes_that_differ_from_the_stated_digest_end_the_run(
     child = python(tiny_hub, tmp_path / "home", *words)
     assert child.returncode == 4
     assert child.stderr.splitlines() == [
-        f"error: {name} has SHA-256 {actual}, and {'0' * 64} is expected",
-        "hint: download it again, or correct sha256 in the recipe",
+        f"error: models.{role}: {name} has SHA-256 {actual}, and {'0' * 64} is expected",
+        "hint: it was taken out of the cache: run again, without a mirror if it comes back",
     ]
     assert not list(tmp_path.glob("out*"))
+    # Neither the file nor the bytes under the name of their digest are left.
+    assert not list((tmp_path / "home").rglob(actual))

@@ -17,12 +17,13 @@ from tqdm import tqdm
 _STATE = {"debug": False}
 _STAGE_WORDS = {
     "convert": "converting",
+    "download": "downloading",
     "extract": "extracting",
     "hash": "hashing",
     "merge": "merging",
     "verify": "editing",
 }
-_BYTE_STAGES = ("convert", "hash", "merge")
+_BYTE_STAGES = ("convert", "download", "hash", "merge")
 
 
 class Verbosity(enum.IntEnum):

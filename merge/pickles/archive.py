@@ -27,6 +27,8 @@ MAGIC = b"PK\x03\x04"
 # A published model has at most a few thousand records; these bound what a wrong count allocates.
 MAX_DIRECTORY_BYTES = 32 * 1024 * 1024
 MAX_NAME_BYTES = 1024
+# Data begins at a multiple of 64 bytes.
+_PADDING_BYTES = 128
 _CHUNK_BYTES = 4 * 1024 * 1024
 
 _END = struct.Struct("<4s4H2IH")
@@ -54,6 +56,10 @@ class Source(Protocol):
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer from a position."""
+        ...
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Say what is read next, so that it can be fetched meanwhile."""
         ...
 
 
@@ -100,6 +106,13 @@ def read_archive(source: Source, file_bytes: int) -> Mapping[str, Record]:
     directory_start, directory, count = _read_directory(source, file_bytes)
     entries = sorted(_parse_directory(directory, count), key=lambda entry: entry.offset)
     _refuse_programs(entries)
+    for entry in entries:
+        if entry.offset >= directory_start:
+            break
+        # With what ends the record before it, and the fields that pad a header.
+        before = min(_DESCRIPTOR64.size, entry.offset)
+        size = before + _LOCAL.size + len(entry.name) + _PADDING_BYTES
+        source.will_need(entry.offset - before, min(size, directory_start - entry.offset + before))
     position = 0
     folder: str | None = None
     records: dict[str, Record] = {}

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
+from merge.header import TensorSpec
 from merge.lora import AdapterModule, AdapterTable, parse_adapters
 from merge.plan.compat import Opened, OpenedSources
 from merge.plan.inputs import qualified
 from merge.plan.model import LeftOut
 from merge.plan.patterns import match_exclude
-from merge.reader import read_scalar
+from merge.reader import prefetch_scalars, read_scalar
 from merge.recipe.schema import Recipe
 
 # Component and key.
@@ -52,6 +53,7 @@ class AdapterReader:
         self.problems += [f"{label}: {problem}" for problem in table.problems]
         if not table.modules:
             self.problems.append(f"{label}: none of its keys fits the target")
+        self._prefetch_alphas(opened, table)
         adapters: dict[Place, Adapter] = {}
         for module in table.modules:
             alpha = self._alpha(opened, module)
@@ -110,6 +112,15 @@ class AdapterReader:
         target = self.sources.target
         parts = {"unet": target.checkpoint, **target.text}
         return {name: checkpoint.shapes for name, checkpoint in parts.items()}
+
+    def _prefetch_alphas(self, opened: Opened, table: AdapterTable) -> None:
+        specs: dict[int, list[TensorSpec]] = {}
+        for module in table.modules:
+            if module.alpha_key is not None:
+                index, spec = opened.checkpoint.tensors[module.alpha_key]
+                specs.setdefault(index, []).append(spec)
+        for index, scalars in specs.items():
+            prefetch_scalars(opened.checkpoint.files[index], scalars)
 
     def _alpha(self, opened: Opened, module: AdapterModule) -> float | None:
         if module.alpha_key is None:

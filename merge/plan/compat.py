@@ -17,7 +17,7 @@ from merge.layout import TensorCopy, copies_of, plan_components
 from merge.lora import has_magnitudes, is_lora
 from merge.plan.model import LeftOut
 from merge.reader import Checkpoint, read_checkpoint
-from merge.sources import ResolvedModel, SourceFile, Sources
+from merge.sources import ResolvedModel, SourceFile, Sources, opener_of
 
 # Components that a single file holds beside the UNet.
 _IN_SINGLE_FILES = ("vae", "text_encoder", "text_encoder_2")
@@ -112,7 +112,8 @@ def _open(model: ResolvedModel) -> Opened:
 
 
 def _read(model: ResolvedModel, files: Sequence[SourceFile]) -> Checkpoint:
-    return read_checkpoint([file.path for file in files], allow_pickle=model.allow_pickle)
+    paths = [file.path for file in files]
+    return read_checkpoint(paths, allow_pickle=model.allow_pickle, opener=opener_of(files))
 
 
 def _besides_tensors(model: ResolvedModel, *checkpoints: Checkpoint) -> tuple[LeftOut, ...]:

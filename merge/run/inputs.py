@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge.digest import DigestProcess
 from merge.errors import IntegrityError, OutputError
-from merge.sources import SourceFile, Sources
+from merge.sources import DISCARDED_HINT, SourceFile, Sources, discard
 
 # Role and file.
 InputFile = tuple[str, SourceFile]
@@ -62,11 +62,16 @@ def check_digest(file: SourceFile, digest: str) -> None:
     Raises:
         IntegrityError: they differ.
     """
-    if digest and file.expected_sha256 and digest != file.expected_sha256:
-        raise IntegrityError(
-            f"{file.name} has SHA-256 {digest}, and {file.expected_sha256} is expected",
-            hint="download it again, or correct sha256 in the recipe",
-        )
+    if not digest or not file.expected_sha256 or digest == file.expected_sha256:
+        return
+    hint = "download it again, or correct sha256 in the recipe"
+    if file.hub is not None and digest != file.hub.sha256 and file.hub.sha256:
+        # Another program's download, or a disk that changed it: not what the cache calls it.
+        discard(file)
+        hint = DISCARDED_HINT
+    raise IntegrityError(
+        f"{file.name} has SHA-256 {digest}, and {file.expected_sha256} is expected", hint=hint
+    )
 
 
 def check_not_an_input(final: Path, sources: Sources) -> None:
@@ -79,5 +84,5 @@ def check_not_an_input(final: Path, sources: Sources) -> None:
             if output in (file.path.resolve().parents) or output in file.path.absolute().parents:
                 raise OutputError(
                     f"the output folder {final} is the {model.role} model, or holds it",
-                    hint="choose another folder with --out; inputs are never written to",
+                    hint="choose another folder; inputs are never written to",
                 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge.errors import SourceError, SourceNotFoundError
+from merge.errors import IntegrityError, SourceError, SourceNotFoundError
 from merge.recipe.schema import ModelRef
 from merge.sources.model import ComponentFiles, SourceFile
 from merge.sources.select import (
@@ -17,7 +18,7 @@ from merge.sources.select import (
     plain_name,
     select_weights,
 )
-from merge.sources.store import HubStore, Store
+from merge.sources.store import Store
 
 # Libraries whose classes a pipeline may name; anything else is code that came with the model.
 _KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
@@ -42,9 +43,8 @@ def select(
     store: Store, names: Collection[str], variant: str | None, where: str, scope: Scope
 ) -> Weights:
     """Choose the weights of one folder."""
-    is_partial = isinstance(store, HubStore) and store.offline
     return select_weights(
-        names, variant, where, is_partial=is_partial, allow_pickle=scope.allow_pickle
+        names, variant, where, is_partial=store.is_partial, allow_pickle=scope.allow_pickle
     )
 
 
@@ -130,19 +130,24 @@ def component_files(
 
 
 def source_files(
-    ref: ModelRef, store: Store, prefix: str, names: tuple[str, ...]
+    ref: ModelRef, store: Store, prefix: str, names: Iterable[str]
 ) -> tuple[SourceFile, ...]:
-    """Return files that were fetched, with sizes and what their digests should be."""
+    """Return files with their sizes and what their digests should be.
+
+    Raises:
+        SourceNotFoundError: a file cannot be read.
+        IntegrityError: the recipe states another digest than the Hub.
+    """
     files = []
     for name in names:
-        full = f"{prefix}{name}"
-        path = store.path(full)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
-        digest = ref.sha256.get(full, store.expected_sha256(full))
-        files.append(SourceFile(full, path, size, digest))
+        file = store.file(f"{prefix}{name}")
+        wanted = ref.sha256.get(file.name)
+        if wanted and file.hub is not None and file.hub.sha256 not in ("", wanted):
+            raise IntegrityError(
+                f"{file.name} has SHA-256 {file.hub.sha256} on the Hub, and {wanted} is expected",
+                hint="correct sha256 in the recipe, or name the revision that it is of",
+            )
+        files.append(dataclasses.replace(file, expected_sha256=wanted or file.expected_sha256))
     return tuple(files)
 
 

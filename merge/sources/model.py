@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """What the Hub says of one file of a repository.
+
+    Attributes:
+        repo: Hub id.
+        revision: Branch, tag or commit as the recipe has it.
+        commit: The 40 hexadecimal digits that the revision was resolved to.
+        name: Path inside the repository.
+        sha256: Of a large file; empty for small ones, and offline.
+        blob_id: Git's SHA-1 of a small file; empty for large ones, and offline.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    name: str
+    sha256: str = ""
+    blob_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,15 +35,22 @@ class SourceFile:
 
     Attributes:
         name: Path inside the model with `/`, e.g. `unet/config.json`.
-        path: Where it is on this disk.
+        path: Where it is on this disk, or will be once it is fetched.
         size_bytes: Its size when it was resolved.
-        expected_sha256: From the recipe or the Hub; empty when neither states one.
+        expected_sha256: From the recipe, a lock or the Hub; empty when none states one.
+        hub: What the Hub says of it; None for local files.
     """
 
     name: str
     path: Path
     size_bytes: int
     expected_sha256: str = ""
+    hub: HubFile | None = None
+
+    @property
+    def is_present(self) -> bool:
+        """Return False for a file of the Hub that is not in the cache yet."""
+        return self.hub is None or self.path.exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +121,7 @@ class ResolvedModel:
         text_encoders: Component to the weight files of a text encoder that it has.
         config_label: Where a single file's configs are from: a folder's name, or a Hub id and
             commit.
+        config_files: The JSON files that `config`, `scheduler` and `pipeline` were read from.
         allow_pickle: The recipe lets its weights be pickles.
     """
 
@@ -109,7 +138,47 @@ class ResolvedModel:
     pipeline: Pipeline | None
     text_encoders: Mapping[str, tuple[SourceFile, ...]] = field(default_factory=dict)
     config_label: str = ""
+    config_files: tuple[SourceFile, ...] = ()
     allow_pickle: bool = False
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Return every file of the model that is used, once, sorted by name."""
+        parts = self.pipeline.components if self.pipeline is not None else ()
+        groups = (
+            self.config_files,
+            self.weights,
+            *self.text_encoders.values(),
+            *(part.files for part in parts),
+        )
+        by_name = {file.name: file for group in groups for file in group}
+        return tuple(by_name[name] for name in sorted(by_name))
+
+    def expecting(self, sha256: Mapping[str, str]) -> ResolvedModel:
+        """Return the model with other digests expected of its files, by name."""
+
+        def pin(files: tuple[SourceFile, ...]) -> tuple[SourceFile, ...]:
+            return tuple(replace(file, expected_sha256=sha256[file.name]) for file in files)
+
+        pipeline = self.pipeline
+        if pipeline is not None:
+            components = tuple(
+                replace(
+                    part,
+                    files=pin(part.files),
+                    weights=pin(part.weights),
+                    index=pin((part.index,))[0] if part.index is not None else None,
+                )
+                for part in pipeline.components
+            )
+            pipeline = replace(pipeline, components=components)
+        return replace(
+            self,
+            weights=pin(self.weights),
+            pipeline=pipeline,
+            text_encoders={name: pin(files) for name, files in self.text_encoders.items()},
+            config_files=pin(self.config_files),
+        )
 
     def merged_files(self, components: Collection[str]) -> tuple[SourceFile, ...]:
         """Return the weight files whose tensors are read when these components are merged."""

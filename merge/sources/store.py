@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from merge.errors import SourceError, SourceNotFoundError
-from merge.pickles import PICKLE_SUFFIXES
+from merge.errors import IntegrityError, SourceError, SourceNotFoundError
+from merge.sources.fetch import fetch_files
+from merge.sources.model import HubFile, SourceFile
+from merge.sources.retries import retried
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Store(Protocol):
@@ -20,16 +26,27 @@ class Store(Protocol):
         """Names of all files, with `/`, relative to the model."""
         ...
 
+    @property
+    def commit(self) -> str | None:
+        """The commit of a repository; None for a folder."""
+        ...
+
+    @property
+    def is_partial(self) -> bool:
+        """Return True when the names are only those that a cache happens to hold."""
+        ...
+
+    @property
+    def root(self) -> Path:
+        """The folder that names are relative to."""
+        ...
+
+    def file(self, name: str) -> SourceFile:
+        """Return a file with its size and what is known of its content."""
+        ...
+
     def fetch(self, names: Collection[str]) -> None:
         """Make files present on this disk."""
-        ...
-
-    def path(self, name: str) -> Path:
-        """Return where a fetched file is."""
-        ...
-
-    def expected_sha256(self, name: str) -> str:
-        """Return the SHA-256 that the store states for a file, or an empty string."""
         ...
 
 
@@ -44,6 +61,8 @@ class LocalStore:
 
     root: Path
     names: frozenset[str]
+    commit = None
+    is_partial = False
 
     @staticmethod
     def open(root: Path) -> LocalStore:
@@ -64,16 +83,17 @@ class LocalStore:
             raise SourceNotFoundError(f"cannot read the folder {root}: {error.strerror}") from error
         return LocalStore(root, frozenset(found))
 
+    def file(self, name: str) -> SourceFile:
+        """Return a file with its size.
+
+        Raises:
+            SourceNotFoundError: it cannot be read.
+        """
+        path = self.root / name
+        return SourceFile(name, path, _size_bytes(path))
+
     def fetch(self, names: Collection[str]) -> None:
         """Do nothing: the files are here."""
-
-    def path(self, name: str) -> Path:
-        """Return the file's path."""
-        return self.root / name
-
-    def expected_sha256(self, name: str) -> str:
-        """Return an empty string: a folder states no digests."""
-        return ""
 
 
 @dataclass(frozen=True)
@@ -85,8 +105,8 @@ class HubStore:
         revision: Branch, tag or commit as asked for.
         commit: 40 hexadecimal digits.
         names: Files at that commit; offline, those in the cache.
-        digests: SHA-256 of the large files, as the Hub states them.
-        offline: True when only the cache may be used.
+        stated: What the Hub says of each; empty offline.
+        sizes: Bytes of each, as the Hub says; empty offline.
         root: The cache's snapshot folder.
     """
 
@@ -94,9 +114,14 @@ class HubStore:
     revision: str
     commit: str
     names: frozenset[str]
-    digests: Mapping[str, str]
-    offline: bool
+    stated: Mapping[str, HubFile]
+    sizes: Mapping[str, int]
     root: Path
+
+    @property
+    def is_partial(self) -> bool:
+        """Return True offline, where the names are those of the cache."""
+        return not self.stated
 
     @staticmethod
     def open(repo: str, revision: str | None) -> HubStore:
@@ -120,59 +145,73 @@ class HubStore:
                         repo, revision=revision, local_files_only=True, allow_patterns=[]
                     )
                 )
-                return HubStore(repo, name, root.name, LocalStore.open(root).names, {}, True, root)
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-            siblings = info.siblings or []
-            digests = {s.rfilename: s.lfs.sha256 for s in siblings if s.lfs is not None}
-            names = frozenset(s.rfilename for s in siblings)
-            for path in sorted(names):
-                if not is_inside(path):
-                    raise SourceError(f"{repo} lists a file outside of itself: {path!r}")
+                names = LocalStore.open(root).names
+                return HubStore(repo, name, root.name, names, {}, {}, root)
+            info = retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
             commit = str(info.sha)
+            if not _COMMIT.fullmatch(commit):
+                raise SourceError(f"{repo} names no commit for {name}: {commit!r}")
             folder = f"models--{repo.replace('/', '--')}"
             root = Path(constants.HF_HUB_CACHE) / folder / "snapshots" / commit
-            return HubStore(repo, name, commit, names, digests, False, root)
+            stated, sizes = {}, {}
+            for sibling in info.siblings or []:
+                path = sibling.rfilename
+                if not is_inside(path):
+                    raise SourceError(f"{repo} lists a file outside of itself: {path!r}")
+                sha256 = sibling.lfs.sha256 if sibling.lfs is not None else ""
+                blob_id = (sibling.blob_id or "") if sibling.lfs is None else ""
+                stated[path] = HubFile(repo, name, commit, path, sha256, blob_id)
+                sizes[path] = sibling.size or 0
+            return HubStore(repo, name, commit, frozenset(stated), stated, sizes, root)
+
+    def file(self, name: str) -> SourceFile:
+        """Return a file, which need not be in the cache yet.
+
+        Raises:
+            SourceNotFoundError: offline, and the cache lacks it.
+            IntegrityError: the cache has it in another size than the Hub.
+        """
+        path = self.root / name
+        plain = HubFile(self.repo, self.revision, self.commit, name)
+        hub = self.stated.get(name, plain)
+        if not path.exists() and not self.is_partial:
+            return SourceFile(name, path, self.sizes[name], hub.sha256, hub)
+        size = _size_bytes(path)
+        if name in self.sizes and size != self.sizes[name]:
+            raise IntegrityError(
+                f"the cache has {name} of {self.repo} with {size:,} bytes, and the Hub states "
+                f"{self.sizes[name]:,}",
+                hint=f"remove {path} and run again",
+            )
+        return SourceFile(name, path, size, hub.sha256 or _blob_sha256(path), hub)
 
     def fetch(self, names: Collection[str]) -> None:
         """Download what the cache lacks.
 
         Raises:
             OfflineError: offline, or the Hub cannot be reached.
+            IntegrityError: what came is not what the Hub states.
         """
-        from huggingface_hub import hf_hub_download
-
-        from merge.sources.hub_errors import hub_errors
-
-        if self.offline:
-            return
-        # Weights last: offline, a snapshot that has them has everything that goes with them.
-        weights = (".safetensors", *PICKLE_SUFFIXES)
-        for name in sorted(names, key=lambda name: (name.endswith(weights), name)):
-            with hub_errors(self.repo, self.commit):
-                path = Path(hf_hub_download(self.repo, name, revision=self.commit))
-            if path != self.path(name):
-                raise SourceError(f"{self.repo}: {name} was stored at an unexpected place")
-        # The client writes down what a branch stands for only when asked by the branch's name,
-        # which could have moved by now. Offline runs look it up here.
-        reference = self.root.parent.parent / "refs" / self.revision
-        if self.revision != self.commit:
-            with hub_errors(self.repo, self.commit):
-                reference.parent.mkdir(parents=True, exist_ok=True)
-                reference.write_text(self.commit, encoding="utf-8")
-
-    def path(self, name: str) -> Path:
-        """Return where the cache keeps the file."""
-        return self.root / name
-
-    def expected_sha256(self, name: str) -> str:
-        """Return the digest of a large file; an empty string for small ones."""
-        return self.digests.get(name, "")
+        fetch_files([self.file(name) for name in sorted(names)])
 
 
 def is_inside(name: str) -> bool:
     """Return True when a file's name cannot lead out of the folder that it is put into."""
     parts = name.replace("\\", "/").split("/")
     return ".." not in parts and "" not in parts and ":" not in parts[0]
+
+
+def _blob_sha256(path: Path) -> str:
+    """Return the SHA-256 that the cache stores a large file under, or an empty string."""
+    name = path.resolve().name
+    return name if _SHA256.fullmatch(name) else ""
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _raise(error: OSError) -> None:

@@ -1,0 +1,212 @@
+"""Download what the cache lacks, and keep nothing in it that is not what the Hub states."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from merge.errors import IntegrityError, NoSpaceError, SourceError
+from merge.pickles import PICKLE_SUFFIXES
+from merge.sources.model import HubFile, SourceFile, Sources
+from merge.sources.retries import retried
+
+# Told the bytes that are there by now, and those of all files.
+OnBytes = Callable[[int, int], None]
+
+_WEIGHTS = (".safetensors", *PICKLE_SUFFIXES)
+_SMALL_BYTES = 8 * 1024 * 1024
+# Small files take a round trip each and hardly any bandwidth. A large one is cut into pieces and
+# fetched in parallel by the client itself.
+_WORKERS = 8
+DISCARDED_HINT = "it was taken out of the cache: run again, without a mirror if it comes back"
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def fetch_sources(sources: Sources, on_bytes: OnBytes | None = None) -> None:
+    """Download every file of the models that is not in the cache yet.
+
+    Each comes from the commit that its model was resolved to, and an interrupted download goes on
+    where it ended. Sizes are compared here, and the digests of small files; those of weights when
+    the run hashes its inputs.
+
+    Args:
+        sources: From `resolve_sources(recipe, download=False)`.
+        on_bytes: For progress.
+
+    Raises:
+        OfflineError: the Hub cannot be reached.
+        IntegrityError: what came is not what the Hub states; it is taken out of the cache again.
+        NoSpaceError: the cache's disk is too small.
+    """
+    base = (sources.base,) if sources.base is not None else ()
+    models = (*base, *sources.distilled, sources.target)
+    absent = _absent(file for model in models for file in model.files)
+    _check_space(absent)
+    progress = _Progress(sum(file.size_bytes for file in absent), on_bytes)
+    for model in models:
+        try:
+            _fetch(model.files, progress)
+        except SourceError as error:
+            error.message = f"models.{model.role}: {error.message}"
+            raise
+
+
+def fetch_files(files: Sequence[SourceFile]) -> None:
+    """Download those of a model's files that are not in the cache yet."""
+    _check_space(_absent(files))
+    _fetch(files, _Progress(0, None))
+
+
+def _fetch(files: Sequence[SourceFile], progress: _Progress) -> None:
+    absent = _absent(files)
+    small = [file for file in absent if not _is_large(file)]
+    if small:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            list(pool.map(lambda file: _download(file, progress), small))
+    # Weights last: a snapshot that has them has everything that goes with them.
+    for file in sorted(filter(_is_large, absent), key=lambda file: file.name.endswith(_WEIGHTS)):
+        _download(file, progress)
+    _write_references(file.hub for file in files if file.hub is not None)
+
+
+def _absent(files: Iterable[SourceFile]) -> list[SourceFile]:
+    return list({file.path: file for file in files if not file.is_present}.values())
+
+
+def discard(file: SourceFile) -> None:
+    """Take a file out of the cache whose content is not what the Hub states."""
+    if file.hub is not None:
+        file.path.resolve().unlink(missing_ok=True)
+        file.path.unlink(missing_ok=True)
+
+
+def _is_large(file: SourceFile) -> bool:
+    return file.size_bytes > _SMALL_BYTES or file.name.endswith(_WEIGHTS)
+
+
+def _download(file: SourceFile, progress: _Progress) -> None:
+    from huggingface_hub import hf_hub_download
+
+    from merge.sources.hub_errors import hub_errors
+
+    hub = file.hub
+    assert hub is not None
+    with hub_errors(hub.repo, hub.commit):
+        bar = progress.bar_class()
+        path = Path(
+            retried(
+                lambda: hf_hub_download(hub.repo, hub.name, revision=hub.commit, tqdm_class=bar)
+            )
+        )
+    if path != file.path:
+        raise SourceError(f"{hub.repo}: {file.name} was stored at an unexpected place")
+    _check(file)
+
+
+def _check(file: SourceFile) -> None:
+    """Compare a fresh download with what the listing of its repository states."""
+    assert file.hub is not None
+    size = file.path.stat().st_size
+    blob = file.path.resolve().name
+    stated = file.hub.sha256 or file.hub.blob_id
+    actual = stated
+    if file.hub.blob_id and not file.hub.sha256:
+        actual = _git_blob_id(file.path)
+    elif file.path.is_symlink() and _DIGEST.fullmatch(blob):
+        # The client names what it stores after the ETag, which it does not check.
+        actual = blob
+    if size == file.size_bytes and actual == stated:
+        return
+    discard(file)
+    if size != file.size_bytes:
+        what = f"{size:,} bytes, and {file.size_bytes:,} are expected"
+    else:
+        kind = "SHA-256" if file.hub.sha256 else "Git id"
+        what = f"{kind} {actual}, and {stated} is expected"
+    raise IntegrityError(f"{file.name} has {what}", hint=DISCARDED_HINT)
+
+
+def _git_blob_id(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _check_space(files: Sequence[SourceFile]) -> None:
+    if not files:
+        return
+    needed = sum(file.size_bytes for file in files)
+    folder = files[0].path
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoSpaceError(
+            f"the models to download have {needed:,} bytes, and {free:,} are free in {folder}",
+            hint="make room, or set HF_HOME to a folder on a larger disk",
+        )
+
+
+def _write_references(files: Iterable[HubFile]) -> None:
+    """Write down what each branch stood for, for offline runs to look up.
+
+    The client does so only when asked by the branch's name, which could have moved by now.
+    """
+    from huggingface_hub import constants
+
+    from merge.sources.hub_errors import hub_errors
+
+    for repo, revision, commit in sorted({(f.repo, f.revision, f.commit) for f in files}):
+        if revision == commit or constants.HF_HUB_OFFLINE:
+            continue
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs"
+        with hub_errors(repo, commit):
+            path = folder / revision
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(commit, encoding="utf-8")
+
+
+class _Progress:
+    """Adds up the bytes of downloads that the client reports to its bars."""
+
+    def __init__(self, total: int, on_bytes: OnBytes | None) -> None:
+        self.done = 0
+        self._total = total
+        self._on_bytes = on_bytes
+
+    def add(self, count: int) -> None:
+        """Count bytes, which a retry may take back."""
+        self.done += count
+        if self._on_bytes is not None:
+            self._on_bytes(min(self.done, self._total), self._total)
+
+    def bar_class(self) -> Any:
+        """Return a stand-in for tqdm that reports to this object and prints nothing."""
+        from tqdm import tqdm
+
+        report = self.add
+
+        class Bar(tqdm):  # type: ignore[type-arg]
+            """What the client takes for a bar."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                kwargs["disable"] = True
+                # Every class of bars gets this argument from the client.
+                kwargs.pop("name", None)
+                super().__init__(*args, **kwargs)
+                if initial := kwargs.get("initial"):
+                    report(int(initial))
+
+            def update(self, n: float | None = 1) -> bool | None:
+                report(int(n or 0))
+                return None
+
+            def update_transfer(self, n: float | None = 1) -> None:
+                # Xet reports what came and what was written; the latter is enough.
+                pass
+
+        return Bar
