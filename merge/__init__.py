@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     )
     from merge.errors import MergeError
     from merge.extract import extract_lora
+    from merge.lock import load_lock
     from merge.plan import build_plan
     from merge.recipe import load_recipe
-    from merge.run import run_recipe
+    from merge.run import reproduce, run_recipe
     from merge.sources import resolve_sources
     from merge.verify import verify_files, verify_folder
 
@@ -44,7 +45,9 @@ _HOMES = {
     "extract_lora": "merge.extract",
     "load_editor": "merge.editor",
     "load_image": "merge.editor",
+    "load_lock": "merge.lock",
     "load_recipe": "merge.recipe",
+    "reproduce": "merge.run",
     "resolve_sources": "merge.sources",
     "run_recipe": "merge.run",
     "verify_files": "merge.verify",
@@ -63,7 +66,9 @@ __all__ = [
     "extract_lora",
     "load_editor",
     "load_image",
+    "load_lock",
     "load_recipe",
+    "reproduce",
     "resolve_sources",
     "run_recipe",
     "verify_files",

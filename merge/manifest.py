@@ -19,12 +19,11 @@ import yaml
 from merge._version import __version__
 from merge.errors import CheckpointError
 from merge.plan import MergePlan
-from merge.recipe import ModelRef, Recipe
+from merge.recipe import Recipe
 from merge.sources import ResolvedModel, Sources
 
 LOCK_NAME = "recipe.lock.yaml"
 MANIFEST_NAME = "merge_manifest.json"
-LOCK_VERSION = 1
 MANIFEST_VERSION = 1
 
 
@@ -77,25 +76,6 @@ def recipe_digest(recipe: Recipe, sources: Sources, digests: InputDigests) -> st
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_lock(recipe: Recipe, sources: Sources, digests: InputDigests) -> bytes:
-    """Return `recipe.lock.yaml`: the recipe after overrides, and every input file by digest."""
-    tree = dataclasses.asdict(recipe)
-    tree["models"] = _locked_models(recipe, sources)
-    # Where the output lay on this machine is no part of what it is.
-    tree["output"]["folder"] = f"outputs/{recipe.name}"
-    for edit in tree["verify"]["edits"]:
-        edit["image"] = Path(edit["image"]).name
-        edit["expected"] = [Path(name).name for name in edit["expected"]]
-    lock = {
-        "lock_version": LOCK_VERSION,
-        "tool_version": __version__,
-        "recipe": tree,
-        "models": {model.role: _input_record(model, digests) for model in sources.models},
-    }
-    text = yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=100)
-    return text.encode()
-
-
 def build_manifest(
     plan: MergePlan,
     sources: Sources,
@@ -111,7 +91,7 @@ def build_manifest(
         "recipe": plan.recipe,
         "recipe_digest": digest,
         "architecture": plan.architecture,
-        "inputs": {model.role: _input_record(model, digests) for model in sources.models},
+        "inputs": {model.role: input_record(model, digests) for model in sources.models},
         "counts": plan.counts,
         "left_out": [dataclasses.asdict(item) for item in plan.left_out],
         "overflows": dict(overflows),
@@ -174,40 +154,8 @@ def read_locked_recipe(folder: Path) -> dict[str, Any] | None:
     return recipe
 
 
-def _locked_models(recipe: Recipe, sources: Sources) -> dict[str, Any]:
-    refs: list[tuple[ModelRef, ResolvedModel]] = [(recipe.models.target, sources.target)]
-    if recipe.models.base is not None and sources.base is not None:
-        refs.append((recipe.models.base, sources.base))
-    refs += list(zip(recipe.models.distilled, sources.distilled, strict=True))
-    trees = {model.role: _locked_model(ref, model) for ref, model in refs}
-    return {
-        "base": trees.get("base"),
-        "distilled": [trees[model.role] for model in sources.distilled],
-        "target": trees["target"],
-    }
-
-
-def _locked_model(ref: ModelRef, model: ResolvedModel) -> dict[str, Any]:
-    tree = {name: value for name, value in dataclasses.asdict(ref).items() if value is not None}
-    if ref.path is not None:
-        tree["path"] = model.label
-    if ref.config is not None:
-        tree["config"] = model.config_label or Path(ref.config).name
-    if model.commit is not None:
-        tree["revision"] = model.commit
-    return tree
-
-
-def _input_record(model: ResolvedModel, digests: InputDigests) -> dict[str, Any]:
-    parts = model.pipeline.components if model.pipeline is not None else ()
-    files = {
-        file.name: file
-        for file in (
-            *model.weights,
-            *(file for group in model.text_encoders.values() for file in group),
-            *(file for part in parts for file in part.files),
-        )
-    }
+def input_record(model: ResolvedModel, digests: InputDigests) -> dict[str, Any]:
+    """Return a model as the records name it: origin, and every file with size and SHA-256."""
     origin = (
         {"name": model.label}
         if model.repo is None
@@ -217,8 +165,6 @@ def _input_record(model: ResolvedModel, digests: InputDigests) -> dict[str, Any]
         **origin,
         "files": {
             file.name: {"size": file.size_bytes, "sha256": digests[model.role, file.name]}
-            for _, file in sorted(files.items())
-            # The index of shards that are merged is neither copied nor read.
-            if (model.role, file.name) in digests
+            for file in model.files
         },
     }

@@ -32,6 +32,7 @@ LAYERS = {
     "export": 4,
     "manifest": 4,
     "card": 4,
+    "lock": 4,
     "licences": 4,
     "provenance": 4,
     "conversion": 4,

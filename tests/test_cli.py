@@ -149,7 +149,8 @@ def test_run_ends_with_the_folder_on_stdout(
     lock = yaml.safe_load((out / "recipe.lock.yaml").read_text())
     assert lock["recipe"]["weight"] == 0.5
     assert sorted(p.name for p in out.iterdir()) == [
-        *("README.md", "merge_manifest.json", "recipe.lock.yaml", "run.json", "unet"),
+        *("README.md", "merge_manifest.json", "provenance.intoto.json", "recipe.lock.yaml"),
+        *("run.json", "unet"),
     ]
     code, stdout, _ = call(capsys, "verify", out, "--files", "-q")
     assert (code, stdout) == (0, f"{out}\n")

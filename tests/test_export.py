@@ -14,10 +14,10 @@ import yaml
 
 from merge.errors import CheckpointError
 from merge.export import ExportFiles, plan_export, scheduler_config
+from merge.lock import build_lock
 from merge.manifest import (
     FileRecord,
     InputDigests,
-    build_lock,
     build_manifest,
     json_bytes,
     read_locked_recipe,
@@ -397,7 +397,7 @@ def records(tmp_path: Path) -> tuple[Recipe, dict[str, Any], dict[str, Any], str
     digests = {
         (model.role, file.name): f"{index}" * 64
         for index, model in enumerate(sources.models)
-        for file in model.weights
+        for file in model.files
     }
     plan = build_plan(recipe, sources)
     lock = build_lock(recipe, sources, digests)
@@ -420,7 +420,7 @@ def test_records_hold_no_place_of_this_machine(records: Records, tmp_path: Path)
     assert lock["recipe"]["verify"]["edits"][0]["image"] == "ü.png"
     assert lock["recipe"]["models"]["target"] == {
         "path": "target",
-        "config": "target",
+        "config": "./target",
         "sha256": {},
     }
     assert lock["recipe"]["models"]["distilled"] == [
@@ -437,9 +437,12 @@ def test_records_hold_every_input_by_its_digest(records: Records) -> None:
         "distilled": "diffusion_pytorch_model.safetensors",
     }
     for index, role in enumerate(("target", "base", "distilled")):
-        (record,) = lock["models"][role]["files"].values()
-        assert record["sha256"] == f"{index}" * 64
-        assert record["size"] > 1000
+        files = lock["models"][role]["files"]
+        weights = files.pop("diffusion_pytorch_model.safetensors")
+        assert weights["sha256"] == f"{index}" * 64
+        assert weights["size"] > 1000
+        # The configs of folders decide what is written too.
+        assert files.keys() == (set() if role == "distilled" else {"config.json"})
     assert manifest["files"] == {
         "a": {"size": 1, "sha256": "a" * 64},
         "b": {"size": 2, "sha256": "b" * 64},

@@ -139,7 +139,7 @@ def test_configs_say_what_the_export_is(exported: Path, tiny_sd15: Path) -> None
 
 def test_the_manifest_has_every_file_and_its_hash(exported: Path) -> None:
     manifest = json.loads((exported / "merge_manifest.json").read_text())
-    outside = ("README.md", "merge_manifest.json", "run.json", "report.", "images/")
+    outside = ("README.md", "merge_manifest.json", "provenance.", "run.json", "report.", "images/")
     names = {
         path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()
     }

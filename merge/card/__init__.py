@@ -6,6 +6,14 @@ recipe puts HTML, links or front matter into its card.
 """
 
 from merge.card.metadata import CardLicence
+from merge.card.refresh import draft_card, refresh_card
 from merge.card.render import CARD_MARKER, CARD_NAME, render_card
 
-__all__ = ["CARD_MARKER", "CARD_NAME", "CardLicence", "render_card"]
+__all__ = [
+    "CARD_MARKER",
+    "CARD_NAME",
+    "CardLicence",
+    "draft_card",
+    "refresh_card",
+    "render_card",
+]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge.card.fields import Fields
 from merge.errors import CheckpointError, SourceNotFoundError
-from merge.export import PIPELINE_CLASSES
+from merge.export import PIPELINE_CLASSES, WEIGHTS_NAME
 from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_locked_recipe, read_manifest
 
 REPORT_NAME = "report.json"
@@ -107,6 +107,7 @@ class CardFacts:
         scheduler: Class name.
         single_file: Name of the LDM/SGM file that is there, or empty.
         is_pipeline: False for a UNet alone.
+        has_folder_weights: False where only the single file goes along with the configs.
         has_unet_config: `unet/config.json` is there.
         report: None when nothing was verified.
     """
@@ -118,6 +119,7 @@ class CardFacts:
     scheduler: str
     single_file: str
     is_pipeline: bool
+    has_folder_weights: bool
     has_unet_config: bool
     report: ReportFacts | None
 
@@ -128,13 +130,21 @@ class CardFacts:
         return {name: files[name] for name in sorted(files) if name.endswith(".safetensors")}
 
 
-def read_facts(folder: Path) -> CardFacts:
+def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
     """Read the records of an export.
+
+    Args:
+        folder: The export.
+        names: The files that go along with the card; default: those that are there.
 
     Raises:
         SourceNotFoundError: it has no manifest or no lock.
         CheckpointError: a record is broken.
     """
+
+    def goes_along(name: str) -> bool:
+        return (folder / name).is_file() if names is None else name in names
+
     manifest_tree, recipe_tree = read_manifest(folder), read_locked_recipe(folder)
     for name, tree in ((MANIFEST_NAME, manifest_tree), (LOCK_NAME, recipe_tree)):
         if tree is None:
@@ -149,7 +159,7 @@ def read_facts(folder: Path) -> CardFacts:
     singles = [
         name
         for name in sorted(manifest.tree["files"])
-        if _SINGLE_FILE.fullmatch(name) and (folder / name).is_file()
+        if _SINGLE_FILE.fullmatch(name) and goes_along(name)
     ]
     return CardFacts(
         manifest=manifest,
@@ -158,8 +168,9 @@ def read_facts(folder: Path) -> CardFacts:
         parents=_parents(manifest.table("inputs"), recipe),
         scheduler=recipe.table("scheduler").text("class_name", "LCMScheduler"),
         single_file=singles[0] if singles else "",
-        is_pipeline=(folder / "model_index.json").is_file(),
-        has_unet_config=(folder / "unet" / "config.json").is_file(),
+        is_pipeline=goes_along("model_index.json"),
+        has_folder_weights=goes_along(WEIGHTS_NAME),
+        has_unet_config=goes_along("unet/config.json"),
         report=_read_report(folder, manifest),
     )
 

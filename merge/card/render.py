@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import yaml
@@ -26,7 +26,11 @@ _MAX_ROWS = 100
 
 
 def render_card(
-    folder: Path, *, repo_id: str | None = None, licence: CardLicence | None = None
+    folder: Path,
+    *,
+    repo_id: str | None = None,
+    licence: CardLicence | None = None,
+    names: Collection[str] | None = None,
 ) -> str:
     """Return the card of an export as Markdown.
 
@@ -35,6 +39,7 @@ def render_card(
             shown where they are there.
         repo_id: Hub id that the card is for; without one its lines have a placeholder.
         licence: Of the merged model, when it is known.
+        names: The files that go along with the card; default: those that are there.
 
     Raises:
         SourceNotFoundError: the folder has no manifest or no lock.
@@ -43,7 +48,7 @@ def render_card(
     """
     if repo_id is not None and not HUB_ID.fullmatch(repo_id):
         raise ValueError(f"{repo_id!r} is no Hub id such as org/name")
-    facts = read_facts(folder)
+    facts = read_facts(folder, names)
     sections = (
         f"{front_matter(facts, licence)}\n{CARD_MARKER}",
         _what_it_is(facts),

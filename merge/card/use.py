@@ -50,7 +50,9 @@ def use_section(facts: CardFacts, repo_id: str | None) -> str:
     """
     if not facts.is_pipeline:
         return _unet_alone(facts, repo_id)
-    parts = ["## Use", _folder(facts, repo_id), _warnings(facts), _command(facts, repo_id)]
+    parts = ["## Use"]
+    if facts.has_folder_weights:
+        parts += [_folder(facts, repo_id), _warnings(facts), _command(facts, repo_id)]
     if facts.single_file:
         parts.append(_single_file(facts, repo_id))
     return "\n\n".join(parts)

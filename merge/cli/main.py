@@ -24,6 +24,7 @@ _COMMANDS = {
     "recipes": "recipes",
     "edit": "edit",
     "verify": "verify",
+    "reproduce": "merge",
     "convert": "convert",
     "extract-lora": "extract",
     "show": "inspect",

@@ -1,12 +1,16 @@
-"""`run` and `plan`."""
+"""`run`, `plan` and `reproduce`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
+
+if TYPE_CHECKING:
+    from merge.sources import Sources
 
 
 @click.command(
@@ -15,6 +19,8 @@ from merge.cli.output import Bars, common_options, examples, is_quiet, json_opti
         "run demo",
         "run sd15-lcm-lora weight=0.8 --out outputs/mine",
         "run my.yaml models.target=./ip2p out_dtype=bfloat16 --device cuda",
+        "run my.yaml --write-lock",
+        "run outputs/mine/recipe.lock.yaml --out outputs/again",
     ),
 )
 @click.argument("recipe")
@@ -26,6 +32,10 @@ from merge.cli.output import Bars, common_options, examples, is_quiet, json_opti
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--no-verify", is_flag=True, help="Leave out the closing edit.")
+@click.option(
+    "--locked", is_flag=True, help="Use exactly the inputs of NAME.lock.yaml beside the recipe."
+)
+@click.option("--write-lock", is_flag=True, help="Make NAME.lock.yaml beside the recipe.")
 @common_options
 def run_command(
     recipe: str,
@@ -35,18 +45,28 @@ def run_command(
     threads: int | None,
     overwrite: bool,
     no_verify: bool,
+    locked: bool,
+    write_lock: bool,
 ) -> None:
     """Merge a RECIPE's models, export a standalone checkpoint and edit a picture with it.
 
     RECIPE is a YAML file or the name of a bundled recipe. KEY=VALUE words change its values, e.g.
     weight=0.8 or block_weights[mid_block.*]=0.5. The last line on stdout is the output folder,
-    which appears only when it is complete.
+    which appears only when it is complete. A lock such as an output's recipe.lock.yaml runs too,
+    with exactly the inputs that it names or not at all.
     """
-    from merge.recipe import load_recipe
+    from merge.lock import load_recipe_or_lock, lock_for, lock_path_of
     from merge.run import run_recipe
 
+    if locked and write_lock:
+        raise click.UsageError("--locked uses a lock and --write-lock makes one: give one of them")
     bars = Bars(quiet=is_quiet())
-    loaded = load_recipe(recipe, overrides)
+    loaded, lock = load_recipe_or_lock(recipe, overrides)
+    if lock is not None and write_lock:
+        raise click.UsageError(f"{recipe} is a lock already, so --write-lock has no use")
+    lock_path = lock_path_of(recipe, loaded.name) if lock is None else None
+    if locked and lock_path is not None:
+        loaded, lock = lock_for(loaded, lock_path)
     try:
         result = run_recipe(
             loaded,
@@ -55,6 +75,8 @@ def run_command(
             threads=threads,
             overwrite=overwrite,
             verify=not no_verify,
+            lock=lock,
+            write_lock=lock_path if write_lock else None,
             on_progress=bars,
         )
     finally:
@@ -85,14 +107,85 @@ def plan_command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None
     Lists what is merged, copied, cast and left out, each with its reason, the bytes read and
     written and the peak memory. Writes nothing.
     """
+    from merge.lock import load_recipe_or_lock
     from merge.plan import build_plan, default_threads, peak_bytes, plan_to_json, render_plan
-    from merge.recipe import load_recipe
     from merge.sources import resolve_sources
 
-    loaded = load_recipe(recipe, overrides)
-    plan = build_plan(loaded, resolve_sources(loaded))
+    loaded, lock = load_recipe_or_lock(recipe, overrides)
+    sources = resolve_sources(loaded, download=False)
+    if lock is not None:
+        sources = lock.pin(sources)
+    plan = build_plan(loaded, sources)
+    _tell_download(sources)
     peak = peak_bytes(plan.tensors, default_threads())
     if as_json:
         print_json(plan_to_json(plan, peak))
     else:
         click.echo(render_plan(plan, peak))
+
+
+def _tell_download(sources: Sources) -> None:
+    """Say how much a run would fetch; a plan reads only headers of what is on the Hub."""
+    from merge.plan.render import format_bytes
+
+    files = {file.path: file for model in sources.models for file in model.files}
+    absent = [file for file in files.values() if not file.is_present]
+    if absent and not is_quiet():
+        size = format_bytes(sum(file.size_bytes for file in absent))
+        click.echo(f"a run downloads {size} in {len(absent)} files first", err=True)
+
+
+@click.command(
+    "reproduce",
+    epilog=examples(
+        "reproduce outputs/mine",
+        "reproduce downloads/somebodys-model --out outputs/again",
+        "reproduce outputs/mine models.target.path=./ip2p",
+    ),
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[models.ROLE.path=PATH]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the new output as this folder.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(1, 64), help="Workers.")
+@json_option
+@common_options
+def reproduce_command(
+    folder: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Run the lock of an output FOLDER again and compare the SHA-256 of everything it made.
+
+    Without --out the new output is removed after the comparison. Local models are looked for where
+    they were, beside the folder's lock and in the current folder; models.ROLE.path=PATH says where
+    they are. The exit code is 9 when a file differs. The last line on stdout is the folder.
+    """
+    from merge.run import reproduce
+
+    bars = Bars(quiet=is_quiet())
+    try:
+        found = reproduce(
+            folder,
+            out,
+            overrides=overrides,
+            device=device,
+            threads=threads,
+            on_progress=bars,
+        )
+    finally:
+        bars.close()
+    if as_json:
+        tree = {"folder": str(folder), "reproduced": True, "recipe_digest": found.recipe_digest}
+        print_json({**tree, "files": dict(found.sha256)})
+        return
+    if not is_quiet():
+        click.echo(
+            f"reproduced: {len(found.sha256)} files, manifest and provenance have the same bytes; "
+            f"recipe digest {found.recipe_digest[:16]}",
+            err=True,
+        )
+    click.echo(out if out is not None else folder)

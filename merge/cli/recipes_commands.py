@@ -16,13 +16,13 @@ from merge.writer.tensors import write_error
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @common_options
 def validate_command(recipes: tuple[str, ...]) -> None:
-    """Check recipes: schema and values only, no model is looked at."""
-    from merge.recipe import load_recipe
+    """Check recipes and locks: schema and values only, no model is looked at."""
+    from merge.lock import load_recipe_or_lock
 
     failures: list[MergeError] = []
     for name in recipes:
         try:
-            loaded = load_recipe(name)
+            loaded, _ = load_recipe_or_lock(name)
             click.echo(f"{name}: ok ({loaded.name})")
         except RecipeError as error:
             failures.append(error)

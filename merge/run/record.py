@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from merge._version import __version__
 from merge.plan import MergePlan
+from merge.sources import Sources
 
 RUN_NAME = "run.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy")
@@ -42,6 +44,22 @@ def run_record(
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def local_inputs(sources: Sources, folder: Path) -> dict[str, str]:
+    """Return role to the path of each local model as seen from the output folder.
+
+    A lock names local models without their paths; this is where `reproduce` looks first. A path
+    that goes through somebody's home folder is left out: outputs get published.
+    """
+    found = {}
+    for model in sources.models:
+        if model.repo is None:
+            path = model.root if model.is_folder else model.weights[0].path
+            relative = Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+            if not {"home", "Users", "root", Path.home().name} & set(relative.split("/")):
+                found[model.role] = relative
+    return found
 
 
 def _peak_rss_bytes() -> int:

@@ -9,21 +9,22 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge.card import CARD_NAME, render_card
+from merge.card import CARD_NAME, draft_card
 from merge.conversion.metadata import single_file_metadata
 from merge.export import ExportFiles, plan_export
 from merge.keymap import detect_unet
+from merge.lock import Lock, build_lock
 from merge.manifest import (
     LOCK_NAME,
     MANIFEST_NAME,
     FileRecord,
-    build_lock,
     build_manifest,
     json_bytes,
     recipe_digest,
 )
 from merge.plan import MergePlan, build_plan
 from merge.plan.model import DIGEST_KEY
+from merge.provenance import PROVENANCE_NAME, build_provenance
 from merge.recipe import Recipe
 from merge.run.background import Background
 from merge.run.checkpoints import (
@@ -35,9 +36,9 @@ from merge.run.closing import check_pictures, verify_output
 from merge.run.inputs import InputFile, check_digest, check_not_an_input, digest_inputs
 from merge.run.merging import merge_components
 from merge.run.model import Progress, RunResult
-from merge.run.record import RUN_NAME, run_record
-from merge.sources import SourceFile, Sources, resolve_sources
-from merge.writer import OutputFolder
+from merge.run.record import RUN_NAME, local_inputs, run_record
+from merge.sources import SourceFile, Sources, fetch_sources, resolve_sources
+from merge.writer import OutputFolder, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def run_recipe(
     threads: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    lock: Lock | None = None,
+    write_lock: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> RunResult:
     """Merge a recipe's models and export a standalone checkpoint.
@@ -64,6 +67,8 @@ def run_recipe(
         threads: Workers; default: one per core, at most 8, or 4 lanes on CUDA.
         overwrite: Replace an earlier output of this tool.
         verify: Edit a picture with the result, in a child process.
+        lock: Use exactly the files that it names; see `load_lock`.
+        write_lock: Where to keep a lock of this run, for `run RECIPE --locked`.
         on_progress: Called with stage, done and total, from any thread.
 
     Raises:
@@ -71,15 +76,20 @@ def run_recipe(
         VerificationError: the export is there and fails a check.
     """
     final = Path(out or recipe.output.folder).expanduser()
-    return _Run(recipe, final, on_progress).run(device, threads, overwrite, verify)
+    lock_path = Path(write_lock) if write_lock is not None else None
+    run = _Run(recipe, final, lock, lock_path, on_progress)
+    return run.run(device, threads, overwrite, verify)
 
 
 @dataclass
 class _Run:
     recipe: Recipe
     final: Path
+    lock: Lock | None
+    lock_path: Path | None
     on_progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
+    _pinned: bytes = b""
 
     def run(self, device: str, threads: int | None, overwrite: bool, verify: bool) -> RunResult:
         started = time.perf_counter()
@@ -90,8 +100,7 @@ class _Run:
         if verify:
             check_pictures(self.recipe.verify.edits)
         self._progress("resolve", 0, 1)
-        sources = resolve_sources(self.recipe)
-        check_not_an_input(self.final, sources)
+        sources = self._resolve()
         self._lap("resolve", started)
         mark = time.perf_counter()
         plan = build_plan(self.recipe, sources)
@@ -102,9 +111,24 @@ class _Run:
         with folder:
             digest, files = self._build(folder, sources, plan, device, threads)
             folder.publish()
+        if self.lock_path is not None:
+            write_atomically(self.lock_path, self._pinned)
         self._lap("total", started)
         verified = self._verify(sources, device) if verify else None
         return RunResult(self.final, plan, digest, files, self.seconds, verified)
+
+    def _resolve(self) -> Sources:
+        if self.lock is not None:
+            self.lock.check_version()
+        sources = resolve_sources(self.recipe, download=False)
+        check_not_an_input(self.final, sources)
+        if self.lock is not None:
+            sources = self.lock.pin(sources)
+        if not all(file.is_present for model in sources.models for file in model.files):
+            # What does not fit together is said now, from headers, and not after gigabytes.
+            build_plan(self.recipe, sources)
+            fetch_sources(sources, lambda done, total: self._progress("download", done, total))
+        return sources
 
     def _build(
         self,
@@ -161,11 +185,14 @@ class _Run:
             files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
         manifest = build_manifest(plan, sources, digests, digest, files, merged.overflows)
         folder.write_file(MANIFEST_NAME, manifest)
+        folder.write_file(PROVENANCE_NAME, build_provenance(manifest, written[LOCK_NAME]))
         self._lap("records", mark)
         run = run_record(plan, self.seconds, merged.device, merged.workers)
+        run["inputs"] = local_inputs(sources, self.final)
         folder.write_file(RUN_NAME, json_bytes(run))
-        card = render_card(folder.partial)
-        folder.write_file(CARD_NAME, card.encode())
+        folder.write_file(CARD_NAME, draft_card(folder.partial).encode())
+        if self.lock_path is not None:
+            self._pinned = build_lock(self.recipe, sources, digests, with_requested=True)
         return digest, files
 
     def _metadata(self, plan: MergePlan, digest: str) -> dict[str, str]:
@@ -182,14 +209,15 @@ class _Run:
         )
 
     def _hashed(self, sources: Sources, export: ExportFiles) -> list[InputFile]:
-        """Return every input file that is read and not copied."""
+        """Return every input file that is read and not copied: large ones first."""
+        copied = {file.name for file in export.copies.values()}
         files = [
             (model.role, file)
             for model in sources.models
-            for file in model.merged_files(self.recipe.components)
+            for file in model.files
+            if model.role != "target" or file.name not in copied
         ]
-        converted = (file for group in export.converted.values() for file in group)
-        return [*files, *(("target", file) for file in converted)]
+        return sorted(files, key=lambda file: -file[1].size_bytes)
 
     def _verify(self, sources: Sources, device: str) -> bool | None:
         if sources.target.pipeline is None:

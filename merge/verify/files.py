@@ -9,10 +9,14 @@ from typing import Any
 from merge.digest import DigestProcess
 from merge.errors import SourceNotFoundError, VerificationError
 from merge.manifest import read_manifest
+from merge.provenance import check_provenance
 
 
 def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None = None) -> int:
-    """Recompute the SHA-256 of every file in the folder's manifest.
+    """Recompute the SHA-256 of every file in the folder's manifest, and of the manifest.
+
+    The manifest's own digest is in the provenance statement, which follows from manifest and lock
+    byte for byte: a bit that flips anywhere in the reproducible set is found.
 
     Args:
         folder: An output of `run`.
@@ -36,6 +40,7 @@ def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None
         wrong = process.result(on_bytes)
     finally:
         process.close()
+    wrong += check_provenance(folder)
     if wrong:
         raise VerificationError(
             f"{len(wrong)} file(s) of {folder} differ from its manifest: {'; '.join(wrong)}",

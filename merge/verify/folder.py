@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from merge.card import refresh_card
 from merge.editor import Editor, EditSettings, load_editor, load_image
 from merge.editor import edit as edit_picture
 from merge.errors import VerificationError
@@ -108,6 +109,7 @@ def verify_folder(
             notes=tuple(_notes(job, background, bool(edits), bool(target_weights))),
         )
     path = write_report(job.folder, report, render_page(report))
+    refresh_card(job.folder)
     if report.failed:
         raise VerificationError(
             f"the merged model in {folder} fails {len(report.failed)} of {len(checks)} checks:\n"

@@ -1,7 +1,7 @@
 """Writing: headers last, and files and folders that appear whole or not at all."""
 
-from merge.writer.file import OutputFile
+from merge.writer.file import OutputFile, write_atomically
 from merge.writer.folder import OutputFolder
 from merge.writer.tensors import TensorFileWriter
 
-__all__ = ["OutputFile", "OutputFolder", "TensorFileWriter"]
+__all__ = ["OutputFile", "OutputFolder", "TensorFileWriter", "write_atomically"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from merge.errors import OutputExistsError
 from merge.writer.partial import PartialOutput, sync_folder
@@ -51,3 +52,21 @@ class OutputFile(PartialOutput):
             sync_folder(self.final.parent)
         except OSError as error:
             raise write_error(self.final, error) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that its name stands for the old bytes or the new, never for a part.
+
+    Raises:
+        OutputError: it cannot be written; what was there stays.
+    """
+    with OutputFile(path, overwrite=True) as output:
+        output.check()
+        try:
+            with output.partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(path, error) from error
+        output.publish()

@@ -1,0 +1,156 @@
+"""Run an output's lock again and compare: the proof that a merge can be repeated."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge._version import __version__
+from merge.errors import SourceNotFoundError, VerificationError
+from merge.lock import open_lock
+from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest
+from merge.provenance import PROVENANCE_NAME, check_provenance
+from merge.run.model import Progress
+from merge.run.record import RUN_NAME
+from merge.run.stages import run_recipe
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """A run that gave the same bytes.
+
+    Attributes:
+        folder: The output that was repeated.
+        out: The new output, or None when it was removed after the comparison.
+        recipe_digest: 64 hexadecimal digits, of both.
+        sha256: Every file of the reproducible set and its digest, in both.
+    """
+
+    folder: Path
+    out: Path | None
+    recipe_digest: str
+    sha256: Mapping[str, str]
+
+
+def reproduce(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    on_progress: Progress | None = None,
+) -> Reproduction:
+    """Run the lock of an output again and compare every file of the reproducible set.
+
+    Compared are the SHA-256 in the manifests, and the manifests and provenance statements
+    themselves. The folder's weights are not read: `verify_files` compares them with its manifest.
+
+    Args:
+        folder: An output of `run`, or a download of one.
+        out: Where to; default: a temporary folder in the current one, removed afterwards.
+        overrides: Where local models are, e.g. `models.target.path=./ip2p`.
+        device: As for `run_recipe`.
+        threads: As for `run_recipe`.
+        on_progress: As for `run_recipe`.
+
+    Raises:
+        SourceNotFoundError: the folder is no output of `run`.
+        VerificationError: its records contradict each other, it was written by another version of
+            this tool, or a file differs; all are named.
+        MergeError: of the run, as for `run_recipe`.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None or not (folder / LOCK_NAME).is_file():
+        name = LOCK_NAME if manifest is not None else MANIFEST_NAME
+        raise SourceNotFoundError(
+            f"{folder} has no {name}", hint="only outputs of `run` can be reproduced"
+        )
+    _check_records(folder, manifest)
+    lock = open_lock(folder / LOCK_NAME, overrides, _places(folder))
+
+    def run(final: Path) -> None:
+        run_recipe(
+            lock.recipe,
+            final,
+            device=device,
+            threads=threads,
+            verify=False,
+            lock=lock,
+            on_progress=on_progress,
+        )
+        if wrong := _compare(folder, manifest, final):
+            more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+            lines = "\n".join([*(f"  {line}" for line in wrong[:_SHOWN]), *more])
+            raise VerificationError(
+                f"{folder} is not reproduced; {len(wrong)} file(s) differ:\n{lines}",
+                hint="--out keeps the new output, to compare; "
+                "`verify FOLDER --files` tells whether the old one was changed",
+            )
+
+    if out is not None:
+        run(Path(out).expanduser())
+    else:
+        # On the disk that outputs go to: they are too large for most systems' /tmp.
+        with tempfile.TemporaryDirectory(prefix="reproduce-", dir=Path.cwd()) as scratch:
+            run(Path(scratch) / lock.recipe.name)
+    return Reproduction(
+        folder=folder,
+        out=None if out is None else Path(out).expanduser(),
+        recipe_digest=str(manifest.get("recipe_digest")),
+        sha256={name: record["sha256"] for name, record in manifest["files"].items()},
+    )
+
+
+def _check_records(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse records that were changed: a run could only show that they were."""
+    wrong = check_provenance(folder)
+    if wrong:
+        raise VerificationError(
+            f"the records of {folder} are not as they were written: {'; '.join(wrong)}",
+            hint="download the folder again",
+        )
+    version = manifest.get("tool", {}).get("version")
+    if version != __version__:
+        raise VerificationError(
+            f"{folder} was written by instruct-merge {version}, and this is {__version__}: the "
+            "bytes are promised for the same version only",
+            hint=f"`pip install instruct-merge=={version}` in an environment of its own",
+        )
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Return where local models were when the output was made, as seen from it."""
+    try:
+        inputs = json.loads((folder / RUN_NAME).read_text(encoding="utf-8")).get("inputs", {})
+        return {role: folder.absolute() / path for role, path in inputs.items()}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        # It is a convenience and not part of the reproducible set.
+        return {}
+
+
+def _compare(folder: Path, manifest: Mapping[str, Any], out: Path) -> list[str]:
+    """Return a line for each file of the reproducible set that is not the same in both."""
+    other = read_manifest(out)
+    assert other is not None
+    ours, theirs = manifest["files"], other["files"]
+    lines = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs:
+            lines.append(f"{name} is not made again")
+        elif name not in ours:
+            lines.append(f"{name} is new")
+        elif ours[name] != theirs[name]:
+            lines.append(f"{name} has SHA-256 {theirs[name]['sha256']}, not {ours[name]['sha256']}")
+    return lines + [
+        f"{name} differs"
+        for name in (MANIFEST_NAME, PROVENANCE_NAME)
+        if (folder / name).read_bytes() != (out / name).read_bytes()
+    ]
