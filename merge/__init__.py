@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from merge.extract import extract_lora
     from merge.lock import load_lock
     from merge.plan import build_plan
+    from merge.publication import publish
     from merge.recipe import load_recipe
     from merge.run import reproduce, run_recipe
     from merge.sources import resolve_sources
@@ -47,6 +48,7 @@ _HOMES = {
     "load_image": "merge.editor",
     "load_lock": "merge.lock",
     "load_recipe": "merge.recipe",
+    "publish": "merge.publication",
     "reproduce": "merge.run",
     "resolve_sources": "merge.sources",
     "run_recipe": "merge.run",
@@ -68,6 +70,7 @@ __all__ = [
     "load_image",
     "load_lock",
     "load_recipe",
+    "publish",
     "reproduce",
     "resolve_sources",
     "run_recipe",

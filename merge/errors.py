@@ -15,7 +15,8 @@
     ├─ OutputError                 8   the output cannot be written
     │  ├─ OutputExistsError
     │  └─ NoSpaceError
-    └─ VerificationError           9   the merged model failed a check
+    ├─ VerificationError           9   the merged model failed a check, or is not reproduced
+    └─ PublishError               10   the model must not, or cannot, be published
 
 An error's text says what is wrong and names the key, file or number; its hint says what to do.
 Click answers 2 for wrong usage; an interrupted run answers 130 (Ctrl-C) or 143 (SIGTERM).
@@ -146,3 +147,10 @@ class VerificationError(MergeError):
 
     exit_code = 9
     default_hint = "report.json and images/ in the folder show what was measured"
+
+
+class PublishError(MergeError):
+    """The merged model must not be published as it is, or the Hub refuses it."""
+
+    exit_code = 10
+    default_hint = "`instruct-merge publish --dry-run` shows what would be uploaded"

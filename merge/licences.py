@@ -130,6 +130,17 @@ def decide_licence(parents: Sequence[tuple[str, str | None, str | None]]) -> Lic
     return LicenceDecision(licence, tuple(sorted(unknown)), blocked, _notes(known, unknown))
 
 
+def is_stricter(stated: Licence, decided: Licence) -> bool:
+    """Return True when a licence contains another, or nothing is known of it that says otherwise.
+
+    Args:
+        stated: What the publisher says.
+        decided: What follows from the parents.
+    """
+    name, other = stated.name or stated.id, decided.name or decided.id
+    return _contains(name, other) or name not in _CONTAINS
+
+
 def parse_licence(text: str) -> Licence:
     """Return the licence of an id, as the user states it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -13,7 +14,14 @@ from typing import NoReturn
 import click
 
 from merge._version import __version__
-from merge.cli.output import Verbosity, configure_logging, examples, wants_debug
+from merge.cli.output import (
+    TOKEN_HINT,
+    Verbosity,
+    configure_logging,
+    examples,
+    say,
+    wants_debug,
+)
 from merge.errors import MergeError
 
 # Command to the module that has it, so that `--help` loads none of the heavy ones.
@@ -25,6 +33,7 @@ _COMMANDS = {
     "edit": "edit",
     "verify": "verify",
     "reproduce": "merge",
+    "publish": "publish",
     "convert": "convert",
     "extract-lora": "extract",
     "show": "inspect",
@@ -102,9 +111,7 @@ def _run(words: list[str]) -> int:
             code = cli.main(args=words, prog_name="instruct-merge", standalone_mode=False)
             return code if isinstance(code, int) else 0
     except MergeError as error:
-        if wants_debug():
-            raise
-        click.echo(f"error: {error}", err=True)
+        say(traceback.format_exc() if wants_debug() else f"error: {error}")
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -114,14 +121,15 @@ def _run(words: list[str]) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "instruct-merge"
-        click.echo(f"error: {error.format_message()}", err=True)
-        click.echo(f"hint: see `{command} --help`", err=True)
+        say(f"error: {error.format_message()}")
+        is_token = "token" in str(getattr(error, "option_name", ""))
+        say(f"hint: {TOKEN_HINT}" if is_token else f"hint: see `{command} --help`")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing half-written is left", err=True)
+        say("interrupted: nothing half-written is left")
         return EXIT_INTERRUPTED
     except _Terminated:
-        click.echo("terminated: nothing half-written is left", err=True)
+        say("terminated: nothing half-written is left")
         return EXIT_TERMINATED
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; Python would complain at exit.
@@ -129,9 +137,10 @@ def _run(words: list[str]) -> int:
         return 1
     except Exception as error:
         if wants_debug():
-            raise
-        click.echo(f"error: unexpected {type(error).__name__}: {error}", err=True)
-        click.echo("hint: run it again with --debug and report what it prints", err=True)
+            say(traceback.format_exc())
+            return 1
+        say(f"error: unexpected {type(error).__name__}: {error}")
+        say("hint: run it again with --debug and report what it prints")
         return 1
 
 

@@ -14,6 +14,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from merge.secrets import known_tokens, redact
+
+TOKEN_HINT = "a token comes from HF_TOKEN or `hf auth login`, and from nowhere else"
 _STATE = {"debug": False}
 _STAGE_WORDS = {
     "convert": "converting",
@@ -36,7 +39,7 @@ class Verbosity(enum.IntEnum):
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = redact(record.getMessage(), known_tokens())
         return f"warning: {text}" if record.levelno >= logging.WARNING else text
 
 
@@ -49,6 +52,11 @@ def configure_logging(level: Verbosity) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(level)
+
+
+def say(text: str) -> None:
+    """Print a message on stderr, without the tokens that an error may quote."""
+    click.echo(redact(text, known_tokens()), err=True)
 
 
 def wants_debug() -> bool:

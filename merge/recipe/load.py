@@ -20,6 +20,7 @@ from merge.recipe.bundled import expand_home, find_recipe
 from merge.recipe.schema import DistilledRef, EditSpec, ModelRef, Recipe
 from merge.recipe.text import annotation_at, fields_of, parse_value, parse_yaml
 from merge.recipe.validate import validate
+from merge.secrets import find_tokens
 
 # Resolvers such as ${oc.env:TOKEN} leak secrets and ${oc.coerce:...} imports modules named in the
 # YAML, so only a plain ${key} may appear.
@@ -65,6 +66,9 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
     Raises:
         RecipeError: with all problems at once.
     """
+    _refuse_tokens(text, path.name)
+    for word in overrides:
+        _refuse_tokens(word, "an override")
     problems: list[str] = []
     tree = parse_yaml(text, Recipe, problems)
     _list_distilled(tree)
@@ -90,6 +94,16 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
             hint="`instruct-merge recipes sd15-lcm-lora` prints a recipe to start from",
         )
     return loaded
+
+
+def _refuse_tokens(text: str, where: str) -> None:
+    """Refuse a token before anything can repeat it: recipes end up in locks, cards and logs."""
+    for finding in find_tokens(text):
+        raise RecipeError(
+            f"{where} holds what looks like a secret: {finding.kind}, line {finding.line}",
+            [],
+            hint="a token comes from HF_TOKEN or `hf auth login`; revoke one that was shared",
+        )
 
 
 def _list_distilled(tree: dict[str, Any]) -> None:

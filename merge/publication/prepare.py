@@ -1,0 +1,173 @@
+"""Everything that is decided and checked before a byte goes to the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from merge.card import CARD_NAME, CardLicence
+from merge.errors import PublishError, VerificationError
+from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest
+from merge.provenance import PROVENANCE_NAME
+from merge.publication.card import final_card, stated_licence
+from merge.publication.model import Prepared
+from merge.publication.parents import decide
+from merge.publication.scan import scan
+from merge.sources.store import is_inside
+from merge.verify.files import verify_files
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_REPORT = "report.json"
+# Beside the reproducible set.
+_RECORDS = (MANIFEST_NAME, PROVENANCE_NAME, "run.json", _REPORT, "report.html", CARD_NAME)
+_IMAGES = "images"
+_SHOWN = 10
+
+
+def prepare(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    only: str | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Check an export and decide what of it is published, and under which licence.
+
+    Args:
+        folder: An output of `run` that was verified and passed.
+        repo_id: `org/name`.
+        license: Id of the licence, where that of a parent is unknown or another one is wanted.
+        only: `folder`, `single-file`, or None for all that there is.
+        on_bytes: Told how many bytes were hashed, and of how many.
+
+    Raises:
+        PublishError: it must not be published as it is, with every reason.
+    """
+    folder = Path(folder)
+    if not HUB_ID.fullmatch(repo_id):
+        raise PublishError(f"{repo_id!r} is no Hub id", hint="give it as --repo-id ORG/NAME")
+    manifest = _check_folder(folder, on_bytes)
+    names = _choose(folder, manifest, only)
+    decision = decide(manifest, license or stated_licence(folder))
+    licence = CardLicence(
+        decision.licence.id, decision.licence.name, decision.licence.link, decision.notes
+    )
+    card = final_card(folder, repo_id, licence, frozenset(names))
+    findings = scan(folder, names, card)
+    if findings:
+        more = [f"... and {len(findings) - _SHOWN} more"] if len(findings) > _SHOWN else []
+        lines = "\n".join(f"  {line}" for line in [*findings[:_SHOWN], *more])
+        raise PublishError(
+            f"the export holds what must not be published:\n{lines}",
+            hint="remove it at its origin (the recipe, a model's config or metadata) and run the "
+            "recipe again; a token that was shared must be revoked",
+        )
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    sizes[CARD_NAME] = len(card.encode())
+    return Prepared(
+        folder=folder,
+        repo_id=repo_id,
+        sizes=dict(sorted(sizes.items())),
+        sha256={n: r["sha256"] for n, r in manifest["files"].items() if n in sizes},
+        card=card,
+        title=f"{manifest['recipe']} ({str(manifest['recipe_digest'])[:16]})",
+        notes=(*decision.notes, *_left_behind(folder, names, manifest)),
+    )
+
+
+def _check_folder(folder: Path, on_bytes: Callable[[int, int], None] | None) -> Mapping[str, Any]:
+    """Return the manifest of a folder that was verified, passed and is unchanged since."""
+    if not folder.is_dir():
+        raise PublishError(f"there is no folder {folder}", hint="publish takes an output of `run`")
+    manifest = read_manifest(folder)
+    if manifest is None or not (folder / LOCK_NAME).is_file():
+        name = LOCK_NAME if manifest is not None else MANIFEST_NAME
+        raise PublishError(f"{folder} has no {name}", hint="publish takes an output of `run`")
+    for name in manifest["files"]:
+        if not is_inside(name) or name.startswith("/"):
+            raise PublishError(
+                f"the manifest names a file outside of the folder: {name!r}",
+                hint="the manifest was not written by this tool: run the recipe again",
+            )
+    _check_links(folder)
+    _check_report(folder, manifest)
+    try:
+        verify_files(folder, on_bytes)
+    except VerificationError as error:
+        raise PublishError(
+            f"the folder changed after it was made: {error.message}",
+            hint="run the recipe again; what is published must be what the manifest says",
+        ) from error
+    return manifest
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder; those of the Hub's own cache lead to its blobs."""
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            actual = path.resolve()
+            if not actual.is_relative_to(root) and not (
+                root.parent.name == "snapshots" and actual.parent == blobs
+            ):
+                raise PublishError(
+                    f"{path.relative_to(folder)} is a link that leads out of the folder",
+                    hint="put the file itself there, or run the recipe again",
+                )
+
+
+def _check_report(folder: Path, manifest: Mapping[str, Any]) -> None:
+    hint = f"`instruct-merge verify {folder}` edits with it and writes the report"
+    path = folder / _REPORT
+    if not path.is_file():
+        what = "a UNet alone, which" if not (folder / "model_index.json").is_file() else "it"
+        raise PublishError(f"{folder} is not verified: {what} has no {_REPORT}", hint=hint)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PublishError(f"{path} cannot be read: {error}", hint=hint) from error
+    if not isinstance(report, dict) or report.get("passed") is not True:
+        raise PublishError(f"{folder} failed its verification, so it is not published", hint=hint)
+    summary = report.get("summary")
+    digest = summary.get("recipe_digest") if isinstance(summary, dict) else None
+    if digest != manifest.get("recipe_digest"):
+        raise PublishError(f"{path} is the report of another merge", hint=hint)
+
+
+def _choose(folder: Path, manifest: Mapping[str, Any], only: str | None) -> list[str]:
+    """Return the names of the files that are uploaded."""
+    recipe = str(manifest.get("recipe"))
+    single = f"{recipe}.safetensors"
+    files = set(manifest["files"])
+    if only == "single-file":
+        if single not in files:
+            raise PublishError(
+                f"{folder} has no single file",
+                hint="run the recipe with output.single_file=true",
+            )
+        # With the configs and tokenizers, without which nothing can load it.
+        files = {name for name in files if name == single or not name.endswith(".safetensors")}
+    elif only == "folder":
+        files.discard(single)
+    elif only is not None:
+        raise PublishError(f"only={only!r} is neither folder nor single-file")
+    files |= {name for name in _RECORDS if (folder / name).is_file()}
+    images = folder / _IMAGES
+    if images.is_dir():
+        files |= {f"{_IMAGES}/{path.name}" for path in images.iterdir() if path.suffix == ".png"}
+    return sorted(files | {CARD_NAME})
+
+
+def _left_behind(folder: Path, names: list[str], manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    known = {*names, *manifest["files"]}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    extra = sorted(found - known)
+    if not extra:
+        return ()
+    shown = ", ".join(extra[:_SHOWN]) + (" ..." if len(extra) > _SHOWN else "")
+    return (f"Not uploaded, since no run or verification wrote it: {shown}.",)
