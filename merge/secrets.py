@@ -58,7 +58,7 @@ def find_secrets(text: str, known: Collection[str] = ()) -> list[Finding]:
     found = [*_find(text, {**_TOKENS, **_HOMES}), *_find_known(text, known)]
     home = str(Path.home())
     if len(home) > 1:
-        found += _find(text, {"home folder": rf"{re.escape(home)}(?![\w.-])"})
+        found += _find(text, {"home folder": rf"(?<![\w.]){re.escape(home)}(?![\w.-])"})
     return sorted(set(found), key=lambda finding: (finding.line, finding.kind))
 
 
