@@ -12,6 +12,7 @@ from typing import Any
 
 from merge.errors import IntegrityError, NoSpaceError, SourceError
 from merge.pickles import PICKLE_SUFFIXES
+from merge.sources.hub_errors import hub_errors, naming
 from merge.sources.model import HubFile, SourceFile, Sources
 from merge.sources.retries import retried
 
@@ -31,8 +32,7 @@ def fetch_sources(sources: Sources, on_bytes: OnBytes | None = None) -> None:
     """Download every file of the models that is not in the cache yet.
 
     Each comes from the commit that its model was resolved to, and an interrupted download goes on
-    where it ended. Sizes are compared here, and the digests of small files; those of weights when
-    the run hashes its inputs.
+    where it ended. Sizes and digests are compared, which the client does not do.
 
     Args:
         sources: From `resolve_sources(recipe, download=False)`.
@@ -49,11 +49,8 @@ def fetch_sources(sources: Sources, on_bytes: OnBytes | None = None) -> None:
     _check_space(absent)
     progress = _Progress(sum(file.size_bytes for file in absent), on_bytes)
     for model in models:
-        try:
+        with naming(model.role):
             _fetch(model.files, progress)
-        except SourceError as error:
-            error.message = f"models.{model.role}: {error.message}"
-            raise
 
 
 def fetch_files(files: Sequence[SourceFile]) -> None:
@@ -92,8 +89,6 @@ def _is_large(file: SourceFile) -> bool:
 def _download(file: SourceFile, progress: _Progress) -> None:
     from huggingface_hub import hf_hub_download
 
-    from merge.sources.hub_errors import hub_errors
-
     hub = file.hub
     assert hub is not None
     with hub_errors(hub.repo, hub.commit):
@@ -112,23 +107,25 @@ def _check(file: SourceFile) -> None:
     """Compare a fresh download with what the listing of its repository states."""
     assert file.hub is not None
     size = file.path.stat().st_size
+    kind, stated = ("SHA-256", file.hub.sha256) if file.hub.sha256 else ("Git id", file.hub.blob_id)
+    actual = _sha256(file.path) if file.hub.sha256 else _git_blob_id(file.path)
     blob = file.path.resolve().name
-    stated = file.hub.sha256 or file.hub.blob_id
-    actual = stated
-    if file.hub.blob_id and not file.hub.sha256:
-        actual = _git_blob_id(file.path)
-    elif file.path.is_symlink() and _DIGEST.fullmatch(blob):
-        # The client names what it stores after the ETag, which it does not check.
+    if actual == stated and file.path.is_symlink() and _DIGEST.fullmatch(blob):
+        # The client names what it stores after the ETag, whatever that says.
         actual = blob
-    if size == file.size_bytes and actual == stated:
+    if size == file.size_bytes and (actual == stated or not stated):
         return
     discard(file)
     if size != file.size_bytes:
         what = f"{size:,} bytes, and {file.size_bytes:,} are expected"
     else:
-        kind = "SHA-256" if file.hub.sha256 else "Git id"
         what = f"{kind} {actual}, and {stated} is expected"
     raise IntegrityError(f"{file.name} has {what}", hint=DISCARDED_HINT)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git_blob_id(path: Path) -> str:
@@ -157,8 +154,6 @@ def _write_references(files: Iterable[HubFile]) -> None:
     The client does so only when asked by the branch's name, which could have moved by now.
     """
     from huggingface_hub import constants
-
-    from merge.sources.hub_errors import hub_errors
 
     for repo, revision, commit in sorted({(f.repo, f.revision, f.commit) for f in files}):
         if revision == commit or constants.HF_HUB_OFFLINE:

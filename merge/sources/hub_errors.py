@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx2
-from huggingface_hub import constants
-from huggingface_hub import errors as hub
-
 from merge.errors import MergeError, OfflineError, SourceError, SourceNotFoundError
 
 
@@ -21,6 +17,11 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         OfflineError: the cache lacks it and the Hub may not or cannot be asked.
         SourceError: any other answer of the Hub, or a cache that cannot be written.
     """
+    # Imported here: a tenth of a second that local models need not wait for.
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
     at = f" at {revision}" if revision else ""
     download = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     try:
@@ -65,6 +66,18 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"cannot keep {repo}{at} in the cache: {error}",
             hint="set HF_HOME to a folder that can be written and has enough space",
         ) from error
+
+
+@contextmanager
+def naming(role: str) -> Iterator[None]:
+    """Put a model's role in front of the message of an error inside the block."""
+    try:
+        yield
+    except SourceError as error:
+        prefix = f"models.{role}: "
+        if not error.message.startswith(prefix):
+            error.message = prefix + error.message
+        raise
 
 
 def _unreachable(repo: str, at: str, error: BaseException) -> OfflineError:

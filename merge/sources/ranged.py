@@ -12,7 +12,7 @@ from types import TracebackType
 
 from merge.errors import IntegrityError, OfflineError
 from merge.reader import ByteReader, FileReader, FileStamp, Opener
-from merge.sources.hub_errors import hub_errors
+from merge.sources.hub_errors import hub_errors, naming
 from merge.sources.model import HubFile, SourceFile
 
 # A LoRA keeps its alphas between its matrices and a pickle its headers between its records: some
@@ -23,11 +23,15 @@ _TIMEOUT_S = 30.0
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
-def opener_of(files: Sequence[SourceFile]) -> Opener:
+def opener_of(files: Sequence[SourceFile], role: str) -> Opener:
     """Return what opens these files: on this disk when they are here, else on the Hub.
 
     A file of the Hub is opened once and keeps what was read, so that reading its header and its
     scalars later asks for each byte once.
+
+    Args:
+        files: Of one model.
+        role: The model's, in messages.
     """
     by_path = {file.path: file for file in files}
     remote: dict[Path, RangedFile] = {}
@@ -37,7 +41,7 @@ def opener_of(files: Sequence[SourceFile]) -> Opener:
         if file.is_present or file.hub is None:
             return FileReader(path, expected)
         if path not in remote:
-            remote[path] = RangedFile(path, file.size_bytes, file.hub)
+            remote[path] = RangedFile(path, file.size_bytes, file.hub, role)
         return remote[path]
 
     return open_file
@@ -46,17 +50,19 @@ def opener_of(files: Sequence[SourceFile]) -> Opener:
 class RangedFile:
     """Positioned reads of one file of the Hub, by requests for ranges of bytes."""
 
-    def __init__(self, path: Path, size_bytes: int, hub: HubFile) -> None:
+    def __init__(self, path: Path, size_bytes: int, hub: HubFile, role: str) -> None:
         """Prepare to read; nothing is asked for yet.
 
         Args:
             path: Where the file will be in the cache; for messages.
             size_bytes: As the Hub's listing has it.
             hub: Which file.
+            role: Of its model, in messages.
         """
         self.path = path
         self.stamp = FileStamp(0, 0, size_bytes, 0)
         self._hub = hub
+        self._role = role
         # Where each part begins, sorted, and the part: its size, and its bytes once they came.
         self._starts: list[int] = []
         self._parts: dict[int, tuple[int, Future[bytes]]] = {}
@@ -127,7 +133,7 @@ class RangedFile:
     def _request(self, offset: int, size: int) -> bytes:
         import httpx2
 
-        with hub_errors(self._hub.repo, self._hub.commit):
+        with naming(self._role), hub_errors(self._hub.repo, self._hub.commit):
             for attempt in range(_ATTEMPTS):
                 try:
                     return self._request_once(offset, size)
@@ -157,6 +163,8 @@ class RangedFile:
             # A compressed answer would be of other bytes.
             "Accept-Encoding": "identity",
         }
+        broken: httpx2.TransportError | None = None
+        data = b""
         with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
             hf_raise_for_status(response)
             match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -166,7 +174,13 @@ class RangedFile:
                     f"the Hub sends {self._hub.name} of {self._hub.repo} only as a whole",
                     hint="`hf download` gets it into the cache, where its header can be read",
                 )
-            data = response.read()
+            try:
+                data = response.read()
+            except httpx2.TransportError as error:
+                # Raised outside: the client's context manager would try to answer it and fails.
+                broken = error
+        if broken is not None:
+            raise broken
         first, last, total = map(int, match.groups())
         if total != self.stamp.size_bytes:
             raise IntegrityError(

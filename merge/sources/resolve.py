@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from merge.sources.components import (
 )
 from merge.sources.configs import check_index, read_configs
 from merge.sources.fetch import fetch_sources
+from merge.sources.hub_errors import naming
 from merge.sources.model import Pipeline, ResolvedModel, SourceFile, Sources
 from merge.sources.select import PICKLE_HINT, Weights, has_weights
 from merge.sources.store import HubStore, LocalStore, Store
@@ -73,7 +73,7 @@ class _Resolver:
 
     def pin(self, ref: ModelRef, role: str) -> None:
         """Find the commits of a model and of its configs."""
-        with _naming(role):
+        with naming(role):
             if ref.repo is not None:
                 self._open(ref.repo, ref.revision)
             if ref.config is not None and not _is_local(ref.config):
@@ -82,7 +82,7 @@ class _Resolver:
 
     def resolve(self, ref: ModelRef, role: str) -> ResolvedModel:
         """Find the files of a model."""
-        with _naming(role):
+        with naming(role):
             model = self._resolve_layout(ref, role)
             if unused := sorted(set(ref.sha256) - {file.name for file in model.files}):
                 raise SourceError(f"sha256 names files that are not used: {', '.join(unused)}")
@@ -156,16 +156,6 @@ class _Resolver:
             return LocalStore.open(Path(text).expanduser())
         repo, _, revision = text.partition("@")
         return self._open(repo, revision or None)
-
-
-@contextmanager
-def _naming(role: str) -> Iterator[None]:
-    """Put a model's role in front of the message of an error."""
-    try:
-        yield
-    except SourceError as error:
-        error.message = f"models.{role}: {error.message}"
-        raise
 
 
 def _is_local(config: str) -> bool:
