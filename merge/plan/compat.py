@@ -113,7 +113,9 @@ def _open(model: ResolvedModel) -> Opened:
 
 def _read(model: ResolvedModel, files: Sequence[SourceFile]) -> Checkpoint:
     paths = [file.path for file in files]
-    return read_checkpoint(paths, allow_pickle=model.allow_pickle, opener=opener_of(files, model.role))
+    return read_checkpoint(
+        paths, allow_pickle=model.allow_pickle, opener=opener_of(files, model.role)
+    )
 
 
 def _besides_tensors(model: ResolvedModel, *checkpoints: Checkpoint) -> tuple[LeftOut, ...]:
