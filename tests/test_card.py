@@ -123,6 +123,8 @@ def folder(tmp_path: Path) -> Path:
         for name in edit["files"]:  # type: ignore[attr-defined]
             (tmp_path / name).touch()
     (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet").mkdir(exist_ok=True)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
     (tmp_path / LOCK_NAME).write_text(yaml.safe_dump({"recipe": recipe}))
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest))
     (tmp_path / "report.json").write_text(json.dumps(report))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import merge.recipe.bundled as bundled
 from merge import load_recipe
 from merge.cli import main
 from merge.methods import METHODS
+from tests.hub import HubServer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,12 +62,29 @@ def test_every_command_runs(
     todo = commands()
     assert len(todo) >= 12
     for words in todo:
+        if words[1] == "publish" and "--dry-run" not in words:
+            _publish(words, tmp_path)
+            continue
         with pytest.raises(SystemExit) as stop:
             # The first run of the demo makes what later lines look at.
             main([word for word in words[1:] if not word.startswith("mine.yaml/")])
         captured = capsys.readouterr()
         assert not stop.value.code, f"{words}: {captured.err}"
         assert captured.out.strip(), words
+
+
+def _publish(words: list[str], folder: Path) -> None:
+    """Publish to a Hub on loopback: its client reads where that is when it is imported."""
+    (folder / "hub").mkdir()
+    with HubServer(folder / "hub") as hub:
+        child = subprocess.run(
+            [sys.executable, "-m", "merge", *words[1:]],
+            env=hub.environment(folder / "home"),
+            capture_output=True,
+            text=True,
+        )
+        assert child.returncode == 0, child.stderr
+        assert child.stdout.startswith(hub.url)
 
 
 def test_the_annotated_recipe_is_valid_and_names_defaults(tmp_path: Path) -> None:

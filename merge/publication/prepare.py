@@ -22,7 +22,11 @@ from merge.verify.files import verify_files
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REPORT = "report.json"
 # Beside the reproducible set.
-_RECORDS = (MANIFEST_NAME, PROVENANCE_NAME, "run.json", _REPORT, "report.html", CARD_NAME)
+_RECORDS = (
+    *(MANIFEST_NAME, PROVENANCE_NAME, "run.json", _REPORT, "report.html", CARD_NAME),
+    # What model_signing writes.
+    "model.sig",
+)
 _IMAGES = "images"
 _SHOWN = 10
 
