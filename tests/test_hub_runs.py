@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,35 @@ def test_a_hub_that_sends_only_whole_files_is_told(
     plan = command(hub, tmp_path / "home", "plan", recipe)
     assert plan.returncode == 4
     assert "only as a whole" in plan.stderr
+    # A run does without.
+    words = ("run", recipe, "--no-verify", "-q", "--out", tmp_path / "out")
+    hub.faults[:] = [Fault("GET", r"safetensors", status=200, body=b"x" * 100)]
+    run = command(hub, tmp_path / "home", *words)
+    assert run.returncode == 0, run.stderr
+    assert hub.faults[0].left == 0
+
+
+@pytest.mark.parametrize("etag", ["", "1" * 64])
+def test_a_listing_without_sizes_and_digests_is_made_up_for(
+    hub: HubServer, recipe: Path, tmp_path: Path, etag: str
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    with urllib.request.urlopen(f"{hub.url}/api/models/tiny/target") as answer:
+        short = answer.read()
+    assert b"sha256" not in short
+    assert b"size" not in short
+    hub.faults.append(Fault("GET", "/api/models/tiny/target", times=9, status=200, body=short))
+    if etag:
+        wrong = {"X-Linked-Etag": f'"{etag}"'}
+        hub.faults.append(Fault("HEAD", UNET, times=9, after=1, headers=wrong))
+    plan = command(hub, home, "plan", recipe)
+    assert plan.returncode == 0, plan.stderr
+    run = command(hub, home, "run", recipe, "--no-verify", "--out", out)
+    assert run.returncode == (4 if etag else 0), run.stderr
+    if etag:
+        assert f"{UNET} has SHA-256 " in run.stderr
+        assert f"and {etag} is expected" in run.stderr
+        assert not list(home.rglob(f"blobs/{etag}*"))
 
 
 # Faults ------------------------------------------------------------------------------------------
@@ -279,7 +309,7 @@ REFUSED: dict[str, Refused] = {
     "a wrong etag": (
         [Fault("HEAD", UNET, 99, headers={"X-Linked-Etag": f'"{"1" * 64}"'})],
         4,
-        f"{UNET} has SHA-256 {'1' * 64}, and ",
+        f", and {'1' * 64} is expected",
     ),
     "a wrong file of the right size": (
         [Fault("GET", UNET, 99, after=2, status=200, body=b"?")],

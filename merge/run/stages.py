@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from merge.card import CARD_NAME, draft_card
 from merge.conversion.metadata import single_file_metadata
+from merge.errors import RangeError
 from merge.export import ExportFiles, plan_export
 from merge.keymap import detect_unet
 from merge.lock import Lock, build_lock
@@ -126,7 +128,8 @@ class _Run:
             sources = self.lock.pin(sources)
         if not all(file.is_present for model in sources.models for file in model.files):
             # What does not fit together is said now, from headers, and not after gigabytes.
-            build_plan(self.recipe, sources)
+            with contextlib.suppress(RangeError):
+                build_plan(self.recipe, sources)
             fetch_sources(sources, lambda done, total: self._progress("download", done, total))
         return sources
 

@@ -25,7 +25,8 @@ _SMALL_BYTES = 8 * 1024 * 1024
 # fetched in parallel by the client itself.
 _WORKERS = 8
 DISCARDED_HINT = "it was taken out of the cache: run again, without a mirror if it comes back"
-_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fetch_sources(sources: Sources, on_bytes: OnBytes | None = None) -> None:
@@ -104,23 +105,26 @@ def _download(file: SourceFile, progress: _Progress) -> None:
 
 
 def _check(file: SourceFile) -> None:
-    """Compare a fresh download with what the listing of its repository states."""
+    """Compare a fresh download with the listing of its repository, and with its ETag.
+
+    The client names what it stores after the ETag, whatever that says: the SHA-256 of a large file,
+    and Git's id of a small one.
+    """
     assert file.hub is not None
+    etag = file.path.resolve().name if file.path.is_symlink() else ""
+    sha256 = {file.hub.sha256, etag if _SHA256.fullmatch(etag) else ""} - {""}
+    blob_id = {file.hub.blob_id, etag if _SHA1.fullmatch(etag) and not sha256 else ""} - {""}
     size = file.path.stat().st_size
-    kind, stated = ("SHA-256", file.hub.sha256) if file.hub.sha256 else ("Git id", file.hub.blob_id)
-    actual = _sha256(file.path) if file.hub.sha256 else _git_blob_id(file.path)
-    blob = file.path.resolve().name
-    if actual == stated and file.path.is_symlink() and _DIGEST.fullmatch(blob):
-        # The client names what it stores after the ETag, whatever that says.
-        actual = blob
-    if size == file.size_bytes and (actual == stated or not stated):
-        return
-    discard(file)
+    what = ""
     if size != file.size_bytes:
         what = f"{size:,} bytes, and {file.size_bytes:,} are expected"
-    else:
-        what = f"{kind} {actual}, and {stated} is expected"
-    raise IntegrityError(f"{file.name} has {what}", hint=DISCARDED_HINT)
+    elif sha256 and {actual := _sha256(file.path)} != sha256:
+        what = f"SHA-256 {actual}, and {(sha256 - {actual}).pop()} is expected"
+    elif blob_id and {actual := _git_blob_id(file.path)} != blob_id:
+        what = f"Git id {actual}, and {(blob_id - {actual}).pop()} is expected"
+    if what:
+        discard(file)
+        raise IntegrityError(f"{file.name} has {what}", hint=DISCARDED_HINT)
 
 
 def _sha256(path: Path) -> str:

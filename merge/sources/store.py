@@ -11,6 +11,7 @@ from typing import Protocol
 
 from merge.errors import IntegrityError, SourceError, SourceNotFoundError
 from merge.sources.fetch import fetch_files
+from merge.sources.hub_errors import hub_errors
 from merge.sources.model import HubFile, SourceFile
 from merge.sources.retries import retried
 
@@ -133,8 +134,6 @@ class HubStore:
         """
         from huggingface_hub import HfApi, constants, snapshot_download
 
-        from merge.sources.hub_errors import hub_errors
-
         name = revision or "main"
         with hub_errors(repo, revision):
             if constants.HF_HUB_OFFLINE:
@@ -161,7 +160,8 @@ class HubStore:
                 sha256 = sibling.lfs.sha256 if sibling.lfs is not None else ""
                 blob_id = (sibling.blob_id or "") if sibling.lfs is None else ""
                 stated[path] = HubFile(repo, name, commit, path, sha256, blob_id)
-                sizes[path] = sibling.size or 0
+                if sibling.size is not None:
+                    sizes[path] = sibling.size
             return HubStore(repo, name, commit, frozenset(stated), stated, sizes, root)
 
     def file(self, name: str) -> SourceFile:
@@ -175,7 +175,8 @@ class HubStore:
         plain = HubFile(self.repo, self.revision, self.commit, name)
         hub = self.stated.get(name, plain)
         if not path.exists() and not self.is_partial:
-            return SourceFile(name, path, self.sizes[name], hub.sha256, hub)
+            size = self.sizes[name] if name in self.sizes else self._ask_size(name)
+            return SourceFile(name, path, size, hub.sha256, hub)
         size = _size_bytes(path)
         if name in self.sizes and size != self.sizes[name]:
             raise IntegrityError(
@@ -184,6 +185,17 @@ class HubStore:
                 hint=f"remove {path} and run again",
             )
         return SourceFile(name, path, size, hub.sha256 or _blob_sha256(path), hub)
+
+    def _ask_size(self, name: str) -> int:
+        """Return a file's bytes, which the listing of some mirrors leaves out."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        with hub_errors(self.repo, self.commit):
+            url = hf_hub_url(self.repo, name, revision=self.commit)
+            size = retried(lambda: get_hf_file_metadata(url)).size
+        if size is None:
+            raise SourceError(f"{self.repo} does not say how large {name} is")
+        return size
 
     def fetch(self, names: Collection[str]) -> None:
         """Download what the cache lacks.
