@@ -16,7 +16,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from merge import load_recipe, run_recipe
-from merge.card import CARD_MARKER, CARD_NAME, CardLicence, render_card
+from merge.card import (
+    CARD_MARKER,
+    CARD_NAME,
+    CardLicence,
+    draft_card,
+    refresh_card,
+    render_card,
+)
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.manifest import LOCK_NAME, MANIFEST_NAME
 
@@ -138,6 +145,48 @@ def change(folder: Path, name: str, edit: Callable[[Any], object]) -> None:
     tree = yaml.safe_load(path.read_text()) if is_lock else json.loads(path.read_text())
     edit(tree["recipe"] if is_lock else tree)
     path.write_text(yaml.safe_dump(tree) if is_lock else json.dumps(tree))
+
+
+def test_a_new_report_renews_our_card_and_no_other(folder: Path) -> None:
+    path = folder / CARD_NAME
+    report = (folder / "report.json").read_bytes()
+    (folder / "report.json").unlink()
+    before = draft_card(folder)
+    assert "images/" not in before
+    (folder / "report.json").write_bytes(report)
+    path.write_text(before)
+    refresh_card(folder)
+    assert path.read_text() == draft_card(folder) != before
+    assert "images/00-3-merged.png" in path.read_text()
+    published = render_card(folder, repo_id="org/x").replace("make it 0", "as it was")
+    for text in ("# My own words\n", published):
+        path.write_text(text)
+        refresh_card(folder)
+        assert path.read_text() == text
+    path.unlink()
+    refresh_card(folder)
+    assert not path.exists()
+
+
+def test_a_draft_states_the_licence_that_is_known(folder: Path) -> None:
+    assert "license" not in draft_card(folder).split("---")[1]
+    repos = {"target": "timbrooks/instruct-pix2pix", "base": "runwayml/stable-diffusion-v1-5"}
+    for role, repo in repos.items():
+        change(folder, MANIFEST_NAME, put("inputs", role, "repo", value=repo))
+    change(
+        folder,
+        MANIFEST_NAME,
+        lambda tree: [
+            model.update(repo="latent-consistency/lcm-lora-sdv1-5")
+            for role, model in tree["inputs"].items()
+            if role not in repos and "repo" in model
+        ],
+    )
+    tree = json.loads((folder / MANIFEST_NAME).read_text())
+    for role in [role for role, model in tree["inputs"].items() if "repo" not in model]:
+        del tree["inputs"][role]
+    (folder / MANIFEST_NAME).write_text(json.dumps(tree))
+    assert "license: creativeml-openrail-m" in draft_card(folder).split("---")[1]
 
 
 def blocks(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from merge.card.facts import read_facts
 from merge.card.metadata import CardLicence
 from merge.card.render import CARD_MARKER, CARD_NAME, render_card
+from merge.card.use import PLACEHOLDER
 from merge.licences import decide_licence
 from merge.writer import write_atomically
 
@@ -30,11 +31,14 @@ def draft_card(folder: Path) -> str:
 
 
 def refresh_card(folder: Path) -> None:
-    """Render the card again, with the pictures of a new report; one that people wrote stays.
+    """Render the card again, with the pictures of a new report.
+
+    One that people wrote stays, and so does one that was rendered for a repository.
 
     Raises:
         CheckpointError: a record of the folder is broken.
     """
     path = folder / CARD_NAME
-    if path.is_file() and CARD_MARKER in path.read_text(encoding="utf-8", errors="replace"):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if CARD_MARKER in text and PLACEHOLDER in text:
         write_atomically(path, draft_card(folder).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from merge.plan.render import format_bytes
 CARD_NAME = "README.md"
 # The first line after the front matter. A card without it is somebody's own and is not replaced.
 CARD_MARKER = "<!-- made by instruct-merge -->"
+_PLAIN_ID = re.compile(r"[a-z0-9][a-z0-9.-]*\+{0,2}")
 _MAX_EDITS = 6
 _MAX_ROWS = 100
 
@@ -285,7 +287,9 @@ def _licence(licence: CardLicence | None) -> str:
             "## Licence\n\nNone is stated here. A merge is under the licences of all its parents: "
             "read theirs before you pass it on."
         )
-    name = prose(licence.name or licence.id)
+    # A plain id needs no escaping, and reads badly with it.
+    name = licence.name or licence.id
+    name = name if _PLAIN_ID.fullmatch(name) else prose(name)
     link = one_line(licence.link or "", 2000)
     # A link's text is harmless; what it leads to has to be a page.
     is_page = link.startswith("https://") and not set(link) & set("<>()[]\"'`\\ |")
