@@ -37,7 +37,8 @@ demo: $(VENV)/.setup  ## Merge the small models that come along, edit with them,
 	@$(BIN)/instruct-merge verify outputs/demo --edits recipes/demo/edits.yaml \
 		--compare recipes/demo/target \
 		--compare-guidance-scale 1.5 --compare-image-guidance-scale 1 >/dev/null
-	@$(PY) scripts/demo/evaluate.py --model outputs/demo --count 100 --at-least 0.65
+	@TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error \
+		$(PY) scripts/demo/evaluate.py --model outputs/demo --count 100 --at-least 0.65
 	@echo outputs/demo
 
 demo-models: $(VENV)/.setup  ## Train the demo's models again, over an hour on two cores
