@@ -15,7 +15,8 @@
     │  └─ DeviceError                  no such device, or it is out of memory
     ├─ OutputError                 8   the output cannot be written
     │  ├─ OutputExistsError
-    │  └─ NoSpaceError
+    │  ├─ NoSpaceError
+    │  └─ ResumeError                  an unfinished output is of another run, or in use
     ├─ VerificationError           9   the merged model failed a check, or is not reproduced
     └─ PublishError               10   the model must not, or cannot, be published
 
@@ -145,6 +146,10 @@ class OutputExistsError(OutputError):
 
 class NoSpaceError(OutputError):
     """The disk is too small for the output."""
+
+
+class ResumeError(OutputError):
+    """An unfinished output cannot be gone on with; it stays as it is."""
 
 
 class VerificationError(MergeError):

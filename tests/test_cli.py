@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -420,7 +421,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
-def test_a_signal_in_the_middle_ends_promptly_and_leaves_nothing(
+def test_a_signal_in_the_middle_ends_promptly_and_the_run_can_go_on(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     for seed, role in enumerate(("target", "distilled", "base")):
@@ -429,7 +430,7 @@ def test_a_signal_in_the_middle_ends_promptly_and_leaves_nothing(
         tensors["mid_block.big.weight"] = torch.full((60_000_000,), 0.1 + seed).half()
         write_unet(tmp_path / role, tensors)
     path = write_recipe(tmp_path)
-    before = entries(tmp_path)
+    top_level = {path.name for path in tmp_path.iterdir()}
     command = [sys.executable, "-m", "merge", "run", str(path), "--threads", "1"]
     child = subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
@@ -442,11 +443,18 @@ def test_a_signal_in_the_middle_ends_promptly_and_leaves_nothing(
         partial = next(tmp_path.glob(f"out.partial-*/unet/{WEIGHTS}"), None)
         time.sleep(0.002)
     assert partial is not None, child.communicate()
+    kept = partial.parent.parent
     child.send_signal(number)
     started = time.monotonic()
     out, err = child.communicate(timeout=30)
     assert child.returncode == code, err
     assert out == ""
-    assert "nothing half-written is left" in err
+    assert f"{kept} is kept" in err
+    words = shlex.join([*command[3:], "--out", str(tmp_path / "out"), "--resume"])
+    assert f"hint: `instruct-merge {words}` goes on with it" in err
     assert time.monotonic() - started < 10
-    assert entries(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {*top_level, kept.name}
+    again = run_cli(*shlex.split(words))
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {*top_level, "out"}
+    assert not list((tmp_path / "out").rglob(".*"))

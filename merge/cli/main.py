@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -125,11 +126,11 @@ def _run(words: list[str]) -> int:
         is_token = "token" in str(getattr(error, "option_name", ""))
         say(f"hint: {TOKEN_HINT}" if is_token else f"hint: see `{command} --help`")
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        say("interrupted: nothing half-written is left")
+    except (KeyboardInterrupt, click.Abort) as error:
+        _say_interrupted("interrupted", error, words)
         return EXIT_INTERRUPTED
-    except _Terminated:
-        say("terminated: nothing half-written is left")
+    except _Terminated as error:
+        _say_interrupted("terminated", error, words)
         return EXIT_TERMINATED
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; Python would complain at exit.
@@ -142,6 +143,18 @@ def _run(words: list[str]) -> int:
         say(f"error: unexpected {type(error).__name__}: {error}")
         say("hint: run it again with --debug and report what it prints")
         return 1
+
+
+def _say_interrupted(what: str, error: BaseException, words: list[str]) -> None:
+    # Click raises an error of its own from a Ctrl-C.
+    errors = [error, *([error.__cause__] if error.__cause__ else [])]
+    notes = [note for each in errors for note in getattr(each, "__notes__", [])]
+    if not notes:
+        say(f"{what}: nothing half-written is left")
+        return
+    again = [word for word in words if word != "--resume"]
+    say(f"{what}: {notes[0]}")
+    say(f"hint: `instruct-merge {shlex.join([*again, '--resume'])}` goes on with it")
 
 
 @contextmanager

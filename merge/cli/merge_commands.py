@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     "--threads", type=click.IntRange(1, 64), help="Workers; the bytes do not depend on it."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted run left.")
 @click.option("--no-verify", is_flag=True, help="Leave out the closing edit.")
 @click.option(
     "--locked", is_flag=True, help="Use exactly the inputs of NAME.lock.yaml beside the recipe."
@@ -44,6 +45,7 @@ def run_command(
     device: str,
     threads: int | None,
     overwrite: bool,
+    resume: bool,
     no_verify: bool,
     locked: bool,
     write_lock: bool,
@@ -74,6 +76,7 @@ def run_command(
             device=device,
             threads=threads,
             overwrite=overwrite,
+            resume=resume,
             verify=not no_verify,
             lock=lock,
             write_lock=lock_path if write_lock else None,

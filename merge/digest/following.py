@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ class FileDigest:
         read_into: Callable[[memoryview, int], None],
         header: bytes,
         size_bytes: int,
+        on_mark: Callable[[int, str], None] | None = None,
     ) -> None:
         """Start the thread.
 
@@ -28,10 +30,13 @@ class FileDigest:
             read_into: Reads the file's data at a position.
             header: The file's first bytes, which are written last.
             size_bytes: Header and data together.
+            on_mark: Told a marked position and the digest of everything before it.
         """
         self._read_into = read_into
         self._header = header
         self._size = size_bytes
+        self._on_mark = on_mark
+        self._marks: deque[int] = deque()
         self._written = 0
         self._stopped = False
         self._changed = threading.Condition()
@@ -40,10 +45,17 @@ class FileDigest:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
         self._future = self._pool.submit(self._run)
 
-    def advance(self, written_bytes: int) -> None:
-        """Say that every byte before this position is written."""
+    def advance(self, written_bytes: int, *, is_marked: bool = False) -> None:
+        """Say that every byte before this position is written.
+
+        Args:
+            written_bytes: The position.
+            is_marked: The digest up to there is wanted.
+        """
         with self._changed:
             self._written = written_bytes
+            if is_marked:
+                self._marks.append(written_bytes)
             self._changed.notify()
 
     def result(self) -> str:
@@ -75,8 +87,13 @@ class FileDigest:
                 if self._stopped:
                     return ""
                 available = self._written - position
-            count = min(available, CHUNK_BYTES)
+                mark = self._marks[0] if self._marks else self._size
+            count = min(available, CHUNK_BYTES, mark - position)
             self._read_into(buffer[:count], position)
             digest.update(buffer[:count])
             position += count
+            if position == mark and self._marks:
+                self._marks.popleft()
+                if self._on_mark is not None:
+                    self._on_mark(position, digest.copy().hexdigest())
         return digest.hexdigest()

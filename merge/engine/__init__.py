@@ -2,5 +2,6 @@
 
 from merge.engine.device import choose_device, device_words
 from merge.engine.execute import MergeResult, execute_plan
+from merge.engine.units import TensorState
 
-__all__ = ["MergeResult", "choose_device", "device_words", "execute_plan"]
+__all__ = ["MergeResult", "TensorState", "choose_device", "device_words", "execute_plan"]

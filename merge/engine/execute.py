@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,7 +45,8 @@ def execute_plan(
     *,
     device: torch.device,
     threads: int,
-    on_frontier: Callable[[int], None],
+    on_frontier: Callable[[int, Sequence[TensorState]], None],
+    finished: Sequence[TensorState] = (),
 ) -> MergeResult:
     """Compute every tensor of a component and write it; the header is left to the caller.
 
@@ -58,7 +59,9 @@ def execute_plan(
         writer: The output file.
         device: CPU or CUDA.
         threads: Workers; each has its own buffers.
-        on_frontier: Told, from any worker, up to which byte the file is final.
+        on_frontier: Told, from any worker, up to which byte the file is final, and what was found
+            out about the tensors before.
+        finished: What an earlier run found out about the first tensors, which it wrote.
 
     Raises:
         NonFiniteError: an input or a result is not finite, or out_dtype cannot hold it.
@@ -66,12 +69,17 @@ def execute_plan(
         IntegrityError: an input changed while it was read.
     """
     started = time.perf_counter()
-    units = cut_units(component.tensors)
-    states = [TensorState(0) for _ in component.tensors]
+    done = len(finished)
+    units = [unit for unit in cut_units(component.tensors) if unit.tensor >= done]
+    states = [*finished, *(TensorState(0) for _ in component.tensors[done:])]
     for unit in units:
         states[unit.tensor].units_left += 1
     ends = [spec.start + spec.size_bytes for spec in component.out_header.tensors]
-    queue = WorkQueue(units, states, ends, on_frontier)
+
+    def report(position: int, count: int) -> None:
+        on_frontier(position, states[:count])
+
+    queue = WorkQueue(units, states, ends, report, done)
     block = CUDA_BLOCK_ELEMENTS if device.type == "cuda" else CPU_BLOCK_ELEMENTS
     with ExitStack() as stack:
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]

@@ -67,21 +67,22 @@ class WorkQueue:
         units: All work.
         states: One per tensor.
         ends: For each tensor the position after its last byte in the output file.
-        on_frontier: Called with the new frontier in bytes, one call at a time.
+        on_frontier: Called with the new frontier in bytes and in tensors, one call at a time.
+        finished: Tensors that were final before.
     """
 
     units: Sequence[Unit]
     states: Sequence[TensorState]
     ends: Sequence[int]
-    on_frontier: Callable[[int], None]
+    on_frontier: Callable[[int, int], None]
+    finished: int = 0
     _next: int = 0
-    _finished: int = 0
     _stopped: bool = False
     _done: list[bool] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._done = [False] * len(self.states)
+        self._done = [index < self.finished for index in range(len(self.states))]
 
     def take(self) -> Iterator[Unit]:
         """Yield units until all are taken or the work is stopped."""
@@ -113,8 +114,8 @@ class WorkQueue:
         """Mark a tensor as final and move the frontier."""
         with self._lock:
             self._done[index] = True
-            before = self._finished
-            while self._finished < len(self._done) and self._done[self._finished]:
-                self._finished += 1
-            if self._finished > before:
-                self.on_frontier(self.ends[self._finished - 1])
+            before = self.finished
+            while self.finished < len(self._done) and self._done[self.finished]:
+                self.finished += 1
+            if self.finished > before:
+                self.on_frontier(self.ends[self.finished - 1], self.finished)

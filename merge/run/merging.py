@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,16 @@ from merge.errors import EngineError
 from merge.manifest import FileRecord
 from merge.plan import ComponentPlan, MergePlan, default_threads
 from merge.recipe import Recipe
-from merge.writer import OutputFolder, TensorFileWriter
+from merge.writer import Checkpoint, Journal, OutputFolder, TensorFileWriter
 
 if TYPE_CHECKING:
+    from merge.engine import TensorState
     from merge.engine.execute import MergeResult
 
 _LOG = logging.getLogger(__name__)
+_CHUNK_BYTES = 1024 * 1024
+# A killed run loses what lies between two checkpoints: a tenth of a second's work.
+_CHECKPOINT_BYTES = 32 * 1024 * 1024
 
 
 @dataclass
@@ -48,6 +54,7 @@ def merge_components(
     *,
     device: str,
     threads: int | None,
+    journal: Journal,
     on_bytes: Callable[[int, int], None],
 ) -> MergedFiles:
     """Write the merged weights of every component.
@@ -59,6 +66,7 @@ def merge_components(
         digest: The recipe's, for the headers.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: Workers; None for the default.
+        journal: Where what is final is written down, and what an earlier run wrote.
         on_bytes: Told the bytes written so far, and in all.
 
     Raises:
@@ -68,7 +76,7 @@ def merge_components(
 
     where = choose_device(device)
     merged = MergedFiles(device_words(where), threads or default_threads(str(where)))
-    job = _Job(folder, plan, recipe, digest, where, merged, on_bytes)
+    job = _Job(folder, plan, recipe, digest, where, merged, journal, on_bytes)
     results = [job.merge(component) for component in plan.components]
     for key, count in merged.overflows.items():
         _LOG.warning(
@@ -97,6 +105,7 @@ class _Job:
     digest: str
     device: Any
     merged: MergedFiles
+    journal: Journal
     on_bytes: Callable[[int, int], None]
     _before: int = 0
 
@@ -108,15 +117,18 @@ class _Job:
         path.parent.mkdir(exist_ok=True)
         header = component.header_bytes(self.digest)
         total = component.out_header.file_bytes
-        with TensorFileWriter(path, total) as writer:
-            digest = FileDigest(writer.read_into, header, total)
+        with TensorFileWriter(path, total, is_resumed=path.exists()) as writer:
+            progress = _Progress(component, self.journal)
+            finished, position = progress.check(writer, header)
+            digest = FileDigest(writer.read_into, header, total, progress.write)
 
-            def on_frontier(position: int) -> None:
-                digest.advance(position)
+            def on_frontier(position: int, states: Sequence[TensorState]) -> None:
+                digest.advance(position, is_marked=progress.note(position, states))
                 self.on_bytes(self._before + position, self.plan.merged_bytes)
 
             mark = time.perf_counter()
             try:
+                digest.advance(position)
                 result = execute_plan(
                     self.plan,
                     component,
@@ -125,6 +137,7 @@ class _Job:
                     device=self.device,
                     threads=self.merged.workers,
                     on_frontier=on_frontier,
+                    finished=finished,
                 )
                 mark = self._lap("merge", mark)
                 sha256 = digest.result()
@@ -144,3 +157,78 @@ class _Job:
         now = time.perf_counter()
         self.merged.seconds[stage] = self.merged.seconds.get(stage, 0.0) + now - since
         return now
+
+
+class _Progress:
+    """How far one component is, in the journal."""
+
+    def __init__(self, component: ComponentPlan, journal: Journal) -> None:
+        self._component = component
+        self._journal = journal
+        self._pending: dict[int, Checkpoint] = {}
+        self._tensors = 0
+        self._position = 0
+
+    def check(self, writer: TensorFileWriter, header: bytes) -> tuple[list[TensorState], int]:
+        """Hash what an earlier run wrote; return what it found out and where to go on."""
+        from merge.engine import TensorState
+
+        states: list[TensorState] = []
+        digest = hashlib.sha256(header)
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        position = len(header)
+        for checkpoint in self._journal.checkpoints:
+            if checkpoint.file != self._component.file_name:
+                continue
+            if not position <= checkpoint.position <= writer.size_bytes:
+                break
+            while position < checkpoint.position:
+                part = buffer[: min(_CHUNK_BYTES, checkpoint.position - position)]
+                writer.read_into(part, position)
+                digest.update(part)
+                position += len(part)
+            if digest.hexdigest() != checkpoint.sha256:
+                # Lost with the machine, or changed: everything from here on is written again.
+                break
+            tensors = self._component.tensors[len(states) : checkpoint.tensors]
+            states += [
+                TensorState(
+                    0,
+                    tensor.key not in checkpoint.unchanged,
+                    checkpoint.overflows.get(tensor.key, 0),
+                )
+                for tensor in tensors
+            ]
+            self._tensors, self._position = checkpoint.tensors, checkpoint.position
+        if states:
+            _LOG.info("%d tensors of %s are there", len(states), self._component.file_name)
+        return states, self._position
+
+    def note(self, position: int, states: Sequence[TensorState]) -> bool:
+        """Remember a checkpoint now and then; True when its digest is wanted."""
+        is_last = len(states) == len(self._component.tensors)
+        if position - self._position < _CHECKPOINT_BYTES and not is_last:
+            return False
+        found = [
+            (tensor.key, state)
+            for tensor, state in zip(
+                self._component.tensors[self._tensors : len(states)],
+                states[self._tensors :],
+                strict=True,
+            )
+            if tensor.is_merged
+        ]
+        self._pending[position] = Checkpoint(
+            self._component.file_name,
+            len(states),
+            position,
+            "",
+            tuple(key for key, state in found if not state.changed),
+            {key: state.overflows for key, state in found if state.overflows},
+        )
+        self._tensors, self._position = len(states), position
+        return True
+
+    def write(self, position: int, sha256: str) -> None:
+        """Write a checkpoint down, now that its bytes were read back and hashed."""
+        self._journal.add(dataclasses.replace(self._pending.pop(position), sha256=sha256))

@@ -7,15 +7,18 @@ import hashlib
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from merge._version import __version__
 from merge.card import CARD_NAME, draft_card
 from merge.conversion.metadata import single_file_metadata
 from merge.errors import RangeError
 from merge.export import ExportFiles, plan_export
 from merge.keymap import detect_unet
 from merge.lock import Lock, build_lock
+from merge.lock.write import portable_recipe
 from merge.manifest import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -40,7 +43,7 @@ from merge.run.merging import merge_components
 from merge.run.model import Progress, RunResult
 from merge.run.record import RUN_NAME, local_inputs, run_record
 from merge.sources import SourceFile, Sources, fetch_sources, resolve_sources
-from merge.writer import OutputFolder, write_atomically
+from merge.writer import Journal, OutputFolder, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ def run_recipe(
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = True,
     lock: Lock | None = None,
     write_lock: str | Path | None = None,
@@ -68,6 +72,7 @@ def run_recipe(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: Workers; default: one per core, at most 8, or 4 lanes on CUDA.
         overwrite: Replace an earlier output of this tool.
+        resume: Go on with what an interrupted run of the same recipe left, if there is any.
         verify: Edit a picture with the result, in a child process.
         lock: Use exactly the files that it names; see `load_lock`.
         write_lock: Where to keep a lock of this run, for `run RECIPE --locked`.
@@ -80,7 +85,7 @@ def run_recipe(
     final = Path(out or recipe.output.folder).expanduser()
     lock_path = Path(write_lock) if write_lock is not None else None
     run = _Run(recipe, final, lock, lock_path, on_progress)
-    return run.run(device, threads, overwrite, verify)
+    return run.run(device, threads, overwrite, resume, verify)
 
 
 @dataclass
@@ -93,12 +98,16 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     _pinned: bytes = b""
 
-    def run(self, device: str, threads: int | None, overwrite: bool, verify: bool) -> RunResult:
+    def run(
+        self, device: str, threads: int | None, overwrite: bool, resume: bool, verify: bool
+    ) -> RunResult:
         started = time.perf_counter()
-        folder = OutputFolder(self.final, overwrite=overwrite)
+        folder = OutputFolder(self.final, overwrite=overwrite, resume=resume)
         folder.check()
         for leftover in folder.leftovers():
-            _LOG.warning("%s is left over from an earlier run and can be removed", leftover)
+            _LOG.warning("%s is left over from another run and can be removed", leftover)
+        if resume and not folder.is_resumed:
+            _LOG.warning("there is nothing to resume at %s: beginning anew", self.final)
         if verify:
             check_pictures(self.recipe.verify.edits)
         self._progress("resolve", 0, 1)
@@ -110,9 +119,14 @@ class _Run:
             _LOG.info("note: %s", note)
         folder.check_space(plan.write_bytes)
         self._lap("plan", mark)
-        with folder:
-            digest, files = self._build(folder, sources, plan, device, threads)
-            folder.publish()
+        try:
+            with folder:
+                digest, files = self._build(folder, sources, plan, device, threads)
+                folder.publish()
+        except BaseException as error:
+            if not isinstance(error, Exception) and folder.journal_path.is_file():
+                error.add_note(f"{folder.partial} is kept")
+            raise
         if self.lock_path is not None:
             write_atomically(self.lock_path, self._pinned)
         self._lap("total", started)
@@ -149,7 +163,10 @@ class _Run:
         )
         check_records(plan)
         digest = recipe_digest(self.recipe, sources, digests)
-        with Background() as background:
+        journal = Journal.open(folder.journal_path, self._facts(sources, digests))
+        if folder.is_resumed:
+            folder.clear([component.file_name for component in plan.components])
+        with journal, Background() as background:
             mark = time.perf_counter()
             copies = {
                 name: background.submit(_copy_checked, folder, file, name, background.stop)
@@ -166,6 +183,7 @@ class _Run:
                 digest,
                 device=device,
                 threads=threads,
+                journal=journal,
                 on_bytes=lambda done, total: self._progress("merge", done, total),
             )
             files = dict(merged.files)
@@ -197,6 +215,16 @@ class _Run:
         if self.lock_path is not None:
             self._pinned = build_lock(self.recipe, sources, digests, with_requested=True)
         return digest, files
+
+    def _facts(self, sources: Sources, digests: Mapping[tuple[str, str], str]) -> dict[str, str]:
+        """Return what decides the output's bytes, for a journal."""
+        recipe = portable_recipe(self.recipe, {model.role: model for model in sources.models})
+        inputs = {f"{role}/{name}": sha256 for (role, name), sha256 in digests.items()}
+        return {
+            "the tool's version": __version__,
+            "the recipe": hashlib.sha256(json_bytes(recipe)).hexdigest(),
+            "an input": hashlib.sha256(json_bytes(inputs)).hexdigest(),
+        }
 
     def _metadata(self, plan: MergePlan, digest: str) -> dict[str, str]:
         """Return the header strings of the single file."""

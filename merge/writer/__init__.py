@@ -2,6 +2,14 @@
 
 from merge.writer.file import OutputFile, write_atomically
 from merge.writer.folder import OutputFolder
+from merge.writer.journal import Checkpoint, Journal
 from merge.writer.tensors import TensorFileWriter
 
-__all__ = ["OutputFile", "OutputFolder", "TensorFileWriter", "write_atomically"]
+__all__ = [
+    "Checkpoint",
+    "Journal",
+    "OutputFile",
+    "OutputFolder",
+    "TensorFileWriter",
+    "write_atomically",
+]

@@ -7,10 +7,12 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
-from merge.errors import OutputError, OutputExistsError
+from merge.errors import OutputError, OutputExistsError, ResumeError
 from merge.reader import FileReader
+from merge.writer.journal import JOURNAL_NAME
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_all, write_error
 
@@ -26,9 +28,15 @@ class OutputFolder(PartialOutput):
         marker: A folder without this file is not replaced.
     """
 
-    def __init__(self, final: Path, *, overwrite: bool, marker: str = MARKER) -> None:
+    def __init__(
+        self, final: Path, *, overwrite: bool, marker: str = MARKER, resume: bool = False
+    ) -> None:
         super().__init__(final, overwrite=overwrite)
         self.marker = marker
+        begun = [path for path in self.leftovers() if (path / JOURNAL_NAME).is_file()]
+        self.is_resumed = resume and bool(begun)
+        if self.is_resumed:
+            self.partial = max(begun, key=lambda path: (path / JOURNAL_NAME).stat().st_mtime_ns)
 
     def check(self) -> None:
         """Refuse early what `publish` could not do.
@@ -55,10 +63,36 @@ class OutputFolder(PartialOutput):
 
     def leftovers(self) -> list[Path]:
         """Return folders that earlier, killed runs left beside the final name; never touched."""
-        return sorted(self.final.parent.glob(f"{glob.escape(self.final.name)}.partial-*"))
+        found = sorted(self.final.parent.glob(f"{glob.escape(self.final.name)}.partial-*"))
+        return [path for path in found if path != self.partial]
+
+    @property
+    def journal_path(self) -> Path:
+        """Return where the journal of this output is while it is not finished."""
+        return self.partial / JOURNAL_NAME
+
+    def clear(self, kept: Collection[str]) -> None:
+        """Remove what an earlier run wrote, but for the journal and the files to go on with.
+
+        Raises:
+            OutputError: a file cannot be removed.
+        """
+        keep = {self.journal_path, *(self.partial / name for name in kept)}
+        try:
+            for path in self.partial.rglob("*"):
+                if not path.is_dir() and path not in keep:
+                    path.unlink()
+        except OSError as error:
+            raise write_error(self.partial, error) from error
 
     def _begin(self) -> None:
-        self.partial.mkdir()
+        if not self.is_resumed:
+            self.partial.mkdir()
+
+    def _is_kept(self, error: BaseException | None) -> bool:
+        # A signal, and not a failure that would come again.
+        is_signal = error is not None and not isinstance(error, Exception)
+        return isinstance(error, ResumeError) or (is_signal and self.journal_path.is_file())
 
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -121,6 +155,7 @@ class OutputFolder(PartialOutput):
             OutputError: the folder cannot be renamed.
         """
         try:
+            self.journal_path.unlink(missing_ok=True)
             for folder, _, _ in os.walk(self.partial):
                 sync_folder(Path(folder))
             self.check()

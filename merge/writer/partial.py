@@ -77,9 +77,13 @@ class PartialOutput(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._published:
+        if not self._published and not self._is_kept(error):
             self._discard()
             self._remove_created()
+
+    def _is_kept(self, error: BaseException | None) -> bool:
+        """Return True for what a later run can go on with."""
+        return False
 
     def _remove_created(self) -> None:
         for folder in self._created:

@@ -17,12 +17,13 @@ class TensorFileWriter:
     that was not finished never loads.
     """
 
-    def __init__(self, path: Path, size_bytes: int) -> None:
+    def __init__(self, path: Path, size_bytes: int, *, is_resumed: bool = False) -> None:
         """Create the file at its full size.
 
         Args:
-            path: Must not exist.
+            path: Must not exist, unless it is resumed.
             size_bytes: Header and data together.
+            is_resumed: Go on with the file that is there, if there is one.
 
         Raises:
             OutputError: it exists or cannot be created.
@@ -31,8 +32,11 @@ class TensorFileWriter:
         self.size_bytes = size_bytes
         self._fd = -1
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if is_resumed else os.O_EXCL)
             self._fd = os.open(path, flags, 0o666)
+            if is_resumed:
+                # It may be whole already: as long as it changes, it must not open.
+                write_all(self._fd, memoryview(bytes(min(8, size_bytes))), 0)
             os.ftruncate(self._fd, size_bytes)
         except OSError as error:
             self.close()

@@ -221,7 +221,7 @@ def run_stage(options: argparse.Namespace) -> dict[str, Any]:
             writer,
             device=device,
             threads=options.threads,
-            on_frontier=lambda position: None,
+            on_frontier=lambda position, states: None,
         )
         writer.finish(unet.header_bytes("0" * 64))
     return {"stage_s": time.perf_counter() - started}
