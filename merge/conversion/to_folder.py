@@ -124,8 +124,7 @@ def _write_weights(
     files = {}
     for component, copies in parts.items():
         name = _WEIGHTS[component]
-        path = output.partial / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = output.place(name)
         size, sha256 = write_tensor_copies(path, copies, headers[component], on_bytes=count)
         files[name] = WrittenFile(size, sha256)
     return files

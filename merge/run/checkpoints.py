@@ -44,8 +44,7 @@ def write_relaid(
         IntegrityError: an input changed since it was planned.
         OutputError: the file cannot be written.
     """
-    path = folder.partial / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.place(name)
     return FileRecord(*write_tensor_copies(path, copies, {"format": "pt"}, stop=stop))
 
 

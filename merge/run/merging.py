@@ -113,8 +113,7 @@ class _Job:
         """Write one component, hashing it beside the merge."""
         from merge.engine import execute_plan
 
-        path = self.folder.partial / component.file_name
-        path.parent.mkdir(exist_ok=True)
+        path = self.folder.place(component.file_name)
         header = component.header_bytes(self.digest)
         total = component.out_header.file_bytes
         with TensorFileWriter(path, total, is_resumed=path.exists()) as writer:

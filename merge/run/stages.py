@@ -105,7 +105,10 @@ class _Run:
         folder = OutputFolder(self.final, overwrite=overwrite, resume=resume)
         folder.check()
         for leftover in folder.leftovers():
-            _LOG.warning("%s is left over from another run and can be removed", leftover)
+            what = "an earlier output that a killed run moved aside"
+            if ".partial-" in leftover.name:
+                what = "left over from another run and can be removed"
+            _LOG.warning("%s is %s", leftover, what)
         if resume and not folder.is_resumed:
             _LOG.warning("there is nothing to resume at %s: beginning anew", self.final)
         if verify:

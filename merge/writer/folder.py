@@ -62,9 +62,16 @@ class OutputFolder(PartialOutput):
             )
 
     def leftovers(self) -> list[Path]:
-        """Return folders that earlier, killed runs left beside the final name; never touched."""
-        found = sorted(self.final.parent.glob(f"{glob.escape(self.final.name)}.partial-*"))
-        return [path for path in found if path != self.partial]
+        """Return folders that earlier, killed runs left beside the final name; never touched.
+
+        Unfinished ones, and an output that was moved aside and whose successor never came.
+        """
+        name = glob.escape(self.final.name)
+        found = [
+            *self.final.parent.glob(f"{name}.partial-*"),
+            *self.final.parent.glob(f"{name}.old-*"),
+        ]
+        return sorted(path for path in found if path != self.partial)
 
     @property
     def journal_path(self) -> Path:
@@ -97,11 +104,23 @@ class OutputFolder(PartialOutput):
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file and make it durable."""
+    def place(self, name: str) -> Path:
+        """Return where a file is built, its folder made.
+
+        Raises:
+            OutputError: the folder cannot be made.
+        """
         path = self.partial / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(path, error) from error
+        return path
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file and make it durable."""
+        path = self.place(name)
+        try:
             with path.open("xb") as file:
                 file.write(data)
                 file.flush()
@@ -121,11 +140,10 @@ class OutputFolder(PartialOutput):
             SourceNotFoundError: the source cannot be read.
             OutputError: the copy cannot be written.
         """
-        path = self.partial / name
+        path = self.place(name)
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(CHUNK_BYTES))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             output = path.open("xb", buffering=0)
         except OSError as error:
             raise write_error(path, error) from error
@@ -163,8 +181,13 @@ class OutputFolder(PartialOutput):
             if os.path.lexists(self.final) and not _is_empty_folder(self.final):
                 old = self.final.parent / f"{self.final.name}.old-{self.partial.name[-8:]}"
             self._swap(old)
+            try:
+                sync_folder(self.final.parent)
+            except OSError:
+                # Whether the names reached the disk is not known: the old output is the safe one.
+                self._swap_back(old)
+                raise
             self._published = True
-            sync_folder(self.final.parent)
         except OSError as error:
             raise write_error(self.final, error) from error
         if old is not None:
@@ -180,6 +203,11 @@ class OutputFolder(PartialOutput):
             if old is not None and old.exists() and not os.path.lexists(self.final):
                 old.rename(self.final)
             raise
+
+    def _swap_back(self, old: Path | None) -> None:
+        self.final.rename(self.partial)
+        if old is not None:
+            old.rename(self.final)
 
 
 def _is_empty_folder(path: Path) -> bool:

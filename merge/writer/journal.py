@@ -72,7 +72,7 @@ class Journal:
             _lock(descriptor, path)
             lines = _parse(path)
             if not lines:
-                os.ftruncate(descriptor, 0)
+                _empty(descriptor, path)
                 head = {"journal_version": JOURNAL_VERSION, "facts": dict(facts)}
                 _append(descriptor, path, head)
                 return Journal(path, descriptor, ())
@@ -117,8 +117,12 @@ def _lock(descriptor: int, path: Path) -> None:
 
 def _parse(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines; a kill can tear the last one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise write_error(path, error) from error
     lines = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in data.splitlines(keepends=True):
         try:
             tree = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
@@ -149,6 +153,13 @@ def _checkpoints(lines: list[dict[str, Any]]) -> tuple[Checkpoint, ...]:
         except (KeyError, TypeError):
             break
     return tuple(found)
+
+
+def _empty(descriptor: int, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def _append(descriptor: int, path: Path, tree: Mapping[str, Any]) -> None:

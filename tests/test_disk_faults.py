@@ -1,0 +1,176 @@
+"""Every system call that writes fails once: the old output stays, no part of a new one appears."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge import load_recipe, run_recipe
+from merge.errors import CheckpointError, NoSpaceError, OutputError
+from merge.reader import read_header
+from tests.mini import write_models, write_recipe
+
+CALLS = ("pwrite", "write", "fsync", "ftruncate", "mkdir", "rename", "open")
+KILL = -1
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_models(tmp_path)
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def run(place: Path, *overrides: str) -> None:
+    recipe = load_recipe(place / "mini.yaml", overrides)
+    run_recipe(recipe, place / "out", overwrite=True, verify=False, threads=1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class Faults:
+    """Counts the calls that touch the output, and lets one of them fail."""
+
+    def __init__(self, place: Path, patch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        self._fail: tuple[int, int] | None = None
+        self._descriptors: set[int] = set()
+        self._parent = str(place)
+        self._place = str(place / "out")
+        close = os.close
+
+        def closed(descriptor: int) -> None:
+            self._descriptors.discard(descriptor)
+            close(descriptor)
+
+        patch.setattr(os, "close", closed)
+        for name in CALLS:
+            patch.setattr(os, name, self._wrap(name, getattr(os, name)))
+
+    def fail(self, index: int, number: int) -> None:
+        """Let the call of this index fail with an error number, or kill; counted from now."""
+        self.seen.clear()
+        self._fail = (index, number)
+
+    def _wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(subject: Any, *arguments: Any, **options: Any) -> Any:
+            if not self._is_of_the_output(name, subject, arguments):
+                return call(subject, *arguments, **options)
+            self.seen.append(name)
+            if self._fail is not None and len(self.seen) == self._fail[0] + 1:
+                if self._fail[1] == KILL:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError(self._fail[1], os.strerror(self._fail[1]))
+            result = call(subject, *arguments, **options)
+            if name == "open":
+                self._descriptors.add(result)
+            return result
+
+        return wrapped
+
+    def _is_of_the_output(self, name: str, subject: Any, arguments: tuple[Any, ...]) -> bool:
+        if isinstance(subject, int):
+            return subject in self._descriptors
+        if name == "open" and not arguments[0] & (os.O_WRONLY | os.O_RDWR | os.O_DIRECTORY):
+            return False
+        if name == "open" and str(subject) == self._parent:
+            return True
+        if name == "mkdir" and Path(subject).is_dir():
+            # Made already: that it cannot be made again is no fault.
+            return False
+        return str(subject).startswith(self._place)
+
+
+def test_every_failing_call_is_told_and_leaves_the_old_output(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(place, "weight=0.5")
+    before = contents(place)
+    faults = Faults(place, monkeypatch)
+    run(place, "weight=0.5")
+    calls = list(faults.seen)
+    assert {"pwrite", "fsync", "ftruncate", "mkdir", "rename", "open"} <= set(calls)
+    same = contents(place)
+    assert {k: v for k, v in same.items() if not k.endswith("run.json")} == {
+        k: v for k, v in before.items() if not k.endswith("run.json")
+    }
+    for index, name in enumerate(calls):
+        number = ERRORS[index % len(ERRORS)]
+        faults.fail(index, number)
+        with pytest.raises(OutputError) as caught:
+            run(place)
+        is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        assert isinstance(caught.value, NoSpaceError) == is_full, (index, name, caught.value)
+        assert caught.value.hint
+        assert os.strerror(number) in caught.value.message, (index, name)
+        # Removing what was written may fail too, but nothing of it has the output's name.
+        assert contents(place) == same, (index, name)
+
+
+def test_a_kill_at_every_call_leaves_the_old_output_or_the_new(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(place, "weight=0.5")
+    old = without_run(place / "out")
+    faults = Faults(place, monkeypatch)
+    run(place)
+    calls = list(faults.seen)
+    new = without_run(place / "out")
+    context = multiprocessing.get_context("fork")
+    seen = set()
+    for index, name in enumerate(calls):
+        for path in place.glob("out*"):
+            shutil.rmtree(path)
+        run(place, "weight=0.5")
+        faults.fail(index, KILL)
+        child = context.Process(target=run, args=(place,))
+        child.start()
+        child.join()
+        faults.fail(10_000, KILL)
+        assert child.exitcode == -signal.SIGKILL, (index, name)
+        # Between the two renames there is none; the old one is beside it then.
+        found = without_run(place / "out") if (place / "out").exists() else None
+        aside = [without_run(path) for path in place.glob("out.old-*")]
+        assert found in (old, new) or (found is None and aside == [old]), (index, name)
+        seen.add("new" if found == new else "old" if found else "none")
+        for path in place.glob("out.partial-*/unet/*.safetensors"):
+            try:
+                read_header(path)
+            except CheckpointError:
+                continue
+            assert path.read_bytes() == new[f"unet/{path.name}"], (index, name)
+        run(place)
+        assert without_run(place / "out") == new
+    assert seen >= {"old", "new"}
+
+
+def without_run(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name != "run.json"}
+
+
+def test_short_writes_are_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(place)
+    expected = contents(place / "out")
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:333], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: preadv(fd, [parts[0][:777]], at))
+    run(place)
+    found = contents(place / "out")
+    assert found.keys() == expected.keys()
+    for name, data in found.items():
+        assert name == "run.json" or data == expected[name], name
