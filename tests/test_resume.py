@@ -311,7 +311,7 @@ def _kill_and_resume(place: Path, seed: int, expected: dict[str, bytes]) -> bool
 
 
 @pytest.mark.parametrize(
-    "kills", [12, pytest.param(200, marks=pytest.mark.slow)], ids=["sample", "all"]
+    "kills", [12, pytest.param(1000, marks=pytest.mark.slow)], ids=["sample", "all"]
 )
 def test_killed_runs_go_on_to_the_same_bytes(place: Path, kills: int) -> None:
     expected = whole(place)

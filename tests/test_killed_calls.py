@@ -1,0 +1,84 @@
+"""Runs that the kernel kills, or whose calls it fails, at a given system call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from merge.errors import CheckpointError
+from merge.reader import read_header
+from tests.mini import write_models, write_recipe
+
+# What changes a file system. Reads are left out: they are tested with files that change.
+CALLS = ("pwrite64", "fsync", "rename", "ftruncate", "mkdir")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_models(tmp_path)
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def command_of(place: Path) -> list[str]:
+    words = ["run", str(place / "mini.yaml"), "--no-verify", "--threads", "1"]
+    return [sys.executable, "-m", "merge", *words, "--out", str(place / "out")]
+
+
+def trace(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run under strace."""
+    log = str(place.parent / "trace")
+    line = ["strace", "-f", "-qq", "-y", "-o", log, *words, *command_of(place)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
+
+
+@pytest.mark.parametrize("how", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
+@pytest.mark.parametrize("call", CALLS)
+def test_an_output_is_whole_whatever_call_is_struck(place: Path, call: str, how: str) -> None:
+    assert trace(place, "-e", f"trace={call}").returncode == 0
+    new = digests(place / "out")
+    log = (place.parent / "trace").read_text(errors="replace")
+    count = len(re.findall(rf"\b{call}\(", log))
+    assert count
+    shutil.rmtree(place / "out")
+    for number in range(1, count + 1):
+        child = trace(place, "-e", f"trace={call}", "-e", f"inject={call}:{how}:when={number}")
+        out = place / "out"
+        if out.exists():
+            assert digests(out) == new, (call, number)
+        if how.startswith("error"):
+            # Some calls are not the output's, such as those of a library's cache.
+            assert child.returncode in (0, 8), child.stderr
+            assert (child.returncode == 0) == out.exists(), child.stderr
+            assert not list(place.glob("out.*"))
+            assert child.returncode == 0 or child.stderr.splitlines()[-1].startswith("hint: ")
+        for path in place.glob("out.partial-*/unet/*.safetensors"):
+            try:
+                read_header(path)
+            except CheckpointError:
+                continue
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert digest == new[f"unet/{path.name}"], (call, number)
+        for path in place.glob("out*"):
+            shutil.rmtree(path)
+    assert json.loads((place / "target" / "config.json").read_text())
