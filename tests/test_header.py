@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save, save_file
@@ -703,14 +703,19 @@ def mutated(draw: st.DrawFn) -> bytes:
     return file_of(text, some_data(max(size, 0)))
 
 
-@settings(deadline=None, max_examples=400)
 @given(content=mutated())
-def test_what_is_accepted_the_library_accepts_and_reads_alike(content: bytes) -> None:
+def check_mutated(content: bytes) -> None:
     try:
         header = parse_file(content)
     except CheckpointError:
         return
     check_against_reference(content, header)
+
+
+@pytest.mark.parametrize("examples", [400, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_what_is_accepted_the_library_accepts_and_reads_alike(examples: int) -> None:
+    health = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    settings(deadline=None, max_examples=examples, suppress_health_check=health)(check_mutated)()
 
 
 @settings(deadline=None, max_examples=120)
