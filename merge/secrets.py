@@ -78,7 +78,10 @@ def redact(text: str, known: Collection[str] = ()) -> str:
     for value in sorted(known, key=len, reverse=True):
         if len(value) >= _MIN_KNOWN:
             text = text.replace(value, "***")
-    return _TOKEN_PATTERN.sub(_mask, text)
+    # What stood beside a token may be one by itself once that is gone.
+    while (left := _TOKEN_PATTERN.sub(_mask, text)) != text:
+        text = left
+    return text
 
 
 def known_tokens() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge import load_recipe
@@ -91,6 +91,7 @@ def test_known_tokens_are_found_in_any_shape(monkeypatch: pytest.MonkeyPatch) ->
     assert redact(text, known) == "x\nan *** here"
 
 
+@settings(max_examples=400)
 @given(
     st.lists(
         st.one_of(
@@ -103,6 +104,11 @@ def test_nothing_is_left_after_replacing(parts: list[str]) -> None:
     left = redact("".join(parts))
     assert find_tokens(left) == []
     assert redact(left) == left
+
+
+def test_a_token_that_touches_another_is_replaced_too() -> None:
+    text = TOKENS["AWS key"][0] + TOKENS["authorization header"][0]
+    assert find_tokens(redact(text)) == []
 
 
 def test_megabytes_are_searched_in_seconds() -> None:
