@@ -12,7 +12,8 @@
     ├─ PlanError                   6   the models do not fit together
     ├─ EngineError                 7   the merge itself failed
     │  ├─ NonFiniteError               NaN or Inf, or a value too large for out_dtype
-    │  └─ DeviceError                  no such device, or it is out of memory
+    │  └─ DeviceError                  no such device, or it failed
+    │     └─ DeviceMemoryError         it is out of memory
     ├─ OutputError                 8   the output cannot be written
     │  ├─ OutputExistsError
     │  ├─ NoSpaceError
@@ -131,6 +132,10 @@ class NonFiniteError(EngineError):
 
 class DeviceError(EngineError):
     """The device is not there or cannot do the work."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device, or the machine, has too little memory."""
 
 
 class OutputError(MergeError):

@@ -1,7 +1,14 @@
 """Carry a plan out: read, add, round, write, within a fixed amount of memory."""
 
-from merge.engine.device import choose_device, device_words
+from merge.engine.device import choose_device, device_errors, device_words
 from merge.engine.execute import MergeResult, execute_plan
 from merge.engine.units import TensorState
 
-__all__ = ["MergeResult", "TensorState", "choose_device", "device_words", "execute_plan"]
+__all__ = [
+    "MergeResult",
+    "TensorState",
+    "choose_device",
+    "device_errors",
+    "device_words",
+    "execute_plan",
+]

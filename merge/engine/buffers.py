@@ -1,11 +1,14 @@
 """One worker's memory, allocated once, and the ways of bytes into it.
 
 On the CPU host and device buffers are the same memory; on CUDA the host buffers are pinned, and a
-host buffer is refilled only after its last transfer is done.
+host buffer is refilled only after its last transfer is done. Where the system refuses pinned
+memory, plain memory is taken: CUDA then copies once more on the way, and the bytes are the same.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ from merge.reader import FileReader
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SLOTS = 4
 _SCRATCH = 3
+
+_LOG = logging.getLogger(__name__)
 
 
 class Buffers:
@@ -34,9 +39,7 @@ class Buffers:
         self._readers = readers
         pinned = device.type == "cuda"
         # Four bytes an element hold every dtype that is computed with; wider ones are only copied.
-        self.host = [
-            torch.empty(block * 4, dtype=torch.uint8, pin_memory=pinned) for _ in range(_SLOTS)
-        ]
+        self.host = [_host_memory(block * 4, is_pinned=pinned) for _ in range(_SLOTS)]
         self.host_bytes = [memoryview(buffer.numpy().data) for buffer in self.host]
         self.raw = (
             [torch.empty(block * 4, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
@@ -110,3 +113,18 @@ class Buffers:
             # Blocking, since the next part reuses the host slot.
             values[begin : begin + part].copy_(stored)
         return values
+
+
+def _host_memory(size_bytes: int, *, is_pinned: bool) -> torch.Tensor:
+    if is_pinned:
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            _say_unpinned(str(error).splitlines()[0])
+    return torch.empty(size_bytes, dtype=torch.uint8)
+
+
+@functools.cache
+def _say_unpinned(reason: str) -> None:
+    """Say it once, and not for every buffer."""
+    _LOG.warning("no pinned memory for transfers, which makes them slower: %s", reason)

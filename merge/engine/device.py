@@ -1,14 +1,19 @@
-"""Which device merges."""
+"""Which device merges, and how its failures are named."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from merge.errors import DeviceError
+from merge.errors import DeviceError, DeviceMemoryError, MergeError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+# Of errors that have no class of their own: of CUDA, of torch's allocator, of Python's threads.
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "can't start new thread")
 
 
 def choose_device(name: str) -> torch.device:
@@ -43,3 +48,34 @@ def device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
+
+
+@contextmanager
+def device_errors(device: torch.device) -> Iterator[None]:
+    """Name the failures of a device.
+
+    Raises:
+        DeviceMemoryError: it, or the machine, has too little memory.
+        DeviceError: it failed otherwise.
+    """
+    try:
+        yield
+    except MergeError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+            words in str(error) for words in _MEMORY_WORDS
+        )
+        if is_memory and device.type == "cuda":
+            raise DeviceMemoryError(
+                f"{device} is out of memory: {error}",
+                hint="--threads 1 takes less of it, --device auto goes on on the CPU, and "
+                "--device cpu needs none: the bytes are the same",
+            ) from error
+        if is_memory:
+            raise DeviceMemoryError(
+                f"the machine gives no more memory or threads: {str(error) or 'out of memory'}",
+                hint="each worker takes some: try --threads 1",
+            ) from error
+        hint = "try --device cpu; the bytes are the same" if device.type == "cuda" else ""
+        raise DeviceError(f"{device} failed: {error}", hint=hint) from error

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from merge.engine.device import device_errors
 from merge.engine.lane import Lane, RangeError
 from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
-from merge.errors import DeviceError, MergeError
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge.plan.model import ComponentPlan, MergePlan
 from merge.reader import FileReader
@@ -65,7 +65,8 @@ def execute_plan(
 
     Raises:
         NonFiniteError: an input or a result is not finite, or out_dtype cannot hold it.
-        DeviceError: the device has too little memory.
+        DeviceMemoryError: the device has too little memory.
+        DeviceError: it failed otherwise.
         IntegrityError: an input changed while it was read.
     """
     started = time.perf_counter()
@@ -83,7 +84,7 @@ def execute_plan(
     block = CUDA_BLOCK_ELEMENTS if device.type == "cuda" else CPU_BLOCK_ELEMENTS
     with ExitStack() as stack:
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
-        with _single_threaded_operators(), _device_errors():
+        with _single_threaded_operators(), device_errors(device):
             lanes = [
                 Lane(plan, component, readers, writer, device, block, recipe.on_overflow)
                 for _ in range(min(threads, max(1, len(units))))
@@ -145,20 +146,3 @@ def _single_threaded_operators() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    try:
-        yield
-    except MergeError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"the GPU is out of memory: {error}",
-            hint="use fewer lanes with --threads 1, or --device cpu (the bytes are the same)",
-        ) from error
-    except RuntimeError as error:
-        raise DeviceError(
-            f"the device failed: {error}", hint="try --device cpu; the bytes are the same"
-        ) from error

@@ -12,12 +12,10 @@ from typing import IO
 
 import torch
 
-from merge.engine import choose_device
+from merge.engine import choose_device, device_errors
 from merge.engine.buffers import TORCH_DTYPES
 from merge.errors import (
-    DeviceError,
     EngineError,
-    MergeError,
     NonFiniteError,
     OutputError,
     PlanError,
@@ -32,7 +30,7 @@ from merge.plan import MergePlan, TensorPlan, build_plan
 from merge.reader import FileReader
 from merge.recipe import Recipe
 from merge.sources import resolve_sources
-from merge.writer import OutputFile, TensorFileWriter
+from merge.writer import OutputFile, TensorFileWriter, refuse_overlap
 from merge.writer.tensors import write_error
 
 DEFAULT_RANK = 64
@@ -103,7 +101,7 @@ def extract_lora(
             hint=f"extract with method={_METHOD}",
         )
     plan = build_plan(recipe, resolve_sources(recipe))
-    _check_inputs(plan, out)
+    refuse_overlap(out, (file.path for file in plan.files))
     if not any(tensor.is_merged for tensor in plan.tensors):
         raise PlanError(
             "there is nothing to extract: the recipe adds nothing to any tensor",
@@ -114,7 +112,7 @@ def extract_lora(
     try:
         with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
             job = _Extraction(plan, form, dtype, spool, rank, energy, max_rank)
-            with _fixed_arithmetic():
+            with _single_threaded(), device_errors(where):
                 job.run(where, on_progress)
             size = job.write(output.partial, recipe.name)
             output.publish()
@@ -259,23 +257,12 @@ class _Extraction:
             self._spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _check_inputs(plan: MergePlan, out: Path) -> None:
-    if any(file.path.resolve() == out.resolve() for file in plan.files):
-        raise OutputError(f"{out} is an input of the recipe", hint="choose another name")
-
-
 @contextmanager
-def _fixed_arithmetic() -> Iterator[None]:
-    """Fix the number of threads, on which sums depend; name the device's failures."""
+def _single_threaded() -> Iterator[None]:
+    """Fix the number of threads, on which sums depend."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
-    except (MergeError, ValueError, OSError):
-        raise
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"the GPU is out of memory: {error}", hint="try --device cpu") from error
-    except RuntimeError as error:
-        raise DeviceError(f"the device failed: {error}", hint="try --device cpu") from error
     finally:
         torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from merge.digest import FileDigest
-from merge.errors import EngineError
+from merge.errors import DeviceMemoryError, EngineError
 from merge.manifest import FileRecord
 from merge.plan import ComponentPlan, MergePlan, default_threads
 from merge.recipe import Recipe
@@ -76,7 +76,7 @@ def merge_components(
 
     where = choose_device(device)
     merged = MergedFiles(device_words(where), threads or default_threads(str(where)))
-    job = _Job(folder, plan, recipe, digest, where, merged, journal, on_bytes)
+    job = _Job(folder, plan, recipe, digest, where, device == "auto", merged, journal, on_bytes)
     results = [job.merge(component) for component in plan.components]
     for key, count in merged.overflows.items():
         _LOG.warning(
@@ -104,6 +104,7 @@ class _Job:
     recipe: Recipe
     digest: str
     device: Any
+    may_fall_back: bool
     merged: MergedFiles
     journal: Journal
     on_bytes: Callable[[int, int], None]
@@ -111,8 +112,6 @@ class _Job:
 
     def merge(self, component: ComponentPlan) -> MergeResult:
         """Write one component, hashing it beside the merge."""
-        from merge.engine import execute_plan
-
         path = self.folder.place(component.file_name)
         header = component.header_bytes(self.digest)
         total = component.out_header.file_bytes
@@ -122,22 +121,21 @@ class _Job:
             digest = FileDigest(writer.read_into, header, total, progress.write)
 
             def on_frontier(position: int, states: Sequence[TensorState]) -> None:
+                nonlocal finished
+                finished = states
                 digest.advance(position, is_marked=progress.note(position, states))
                 self.on_bytes(self._before + position, self.plan.merged_bytes)
 
             mark = time.perf_counter()
             try:
                 digest.advance(position)
-                result = execute_plan(
-                    self.plan,
-                    component,
-                    self.recipe,
-                    writer,
-                    device=self.device,
-                    threads=self.merged.workers,
-                    on_frontier=on_frontier,
-                    finished=finished,
-                )
+                try:
+                    result = self._execute(component, writer, on_frontier, finished)
+                except DeviceMemoryError as error:
+                    if not self.may_fall_back or self.device.type == "cpu":
+                        raise
+                    self._fall_back(error)
+                    result = self._execute(component, writer, on_frontier, finished)
                 mark = self._lap("merge", mark)
                 sha256 = digest.result()
                 mark = self._lap("hash_output", mark)
@@ -151,6 +149,34 @@ class _Job:
         prefix = "" if component.name == "unet" else f"{component.name}."
         self.merged.overflows |= {prefix + key: n for key, n in result.overflows.items()}
         return result
+
+    def _execute(
+        self,
+        component: ComponentPlan,
+        writer: TensorFileWriter,
+        on_frontier: Callable[[int, Sequence[TensorState]], None],
+        finished: Sequence[TensorState],
+    ) -> MergeResult:
+        from merge.engine import execute_plan
+
+        return execute_plan(
+            self.plan,
+            component,
+            self.recipe,
+            writer,
+            device=self.device,
+            threads=self.merged.workers,
+            on_frontier=on_frontier,
+            finished=finished,
+        )
+
+    def _fall_back(self, error: DeviceMemoryError) -> None:
+        """Go on on the CPU: nobody asked for CUDA, and the bytes are the same."""
+        from merge.engine import choose_device
+
+        _LOG.warning("%s; going on on the CPU, with the same bytes", error.message)
+        self.device = choose_device("cpu")
+        self.merged.device += ", then cpu"
 
     def _lap(self, stage: str, since: float) -> float:
         now = time.perf_counter()
@@ -168,7 +194,7 @@ class _Progress:
         self._tensors = 0
         self._position = 0
 
-    def check(self, writer: TensorFileWriter, header: bytes) -> tuple[list[TensorState], int]:
+    def check(self, writer: TensorFileWriter, header: bytes) -> tuple[Sequence[TensorState], int]:
         """Hash what an earlier run wrote; return what it found out and where to go on."""
         from merge.engine import TensorState
 
