@@ -34,7 +34,7 @@ def describe_path(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+        if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
             raise SourceError(f"{path} is no weight file: its name ends in none of their suffixes")
         return {"path": str(path), **_describe_weights([path], "")}
     if not path.is_dir():

@@ -169,7 +169,7 @@ def _dependencies(
             }
     for name, file in sorted(record["files"].items()):
         # Of a single file's model, the weights are its own and all else is its config's.
-        is_beside = config is not None and not name.endswith(WEIGHT_SUFFIXES)
+        is_beside = config is not None and not name.lower().endswith(WEIGHT_SUFFIXES)
         origin = beside if is_beside else own
         label = config if is_beside else record.get("name")
         yield {

@@ -205,7 +205,7 @@ def _read_header(reader: ByteReader, allow_pickle: bool) -> CheckpointFile:
         start = min((spec.start for spec in table.tensors), default=size)
         header = Header(table.tensors, {}, start, size)
         return CheckpointFile(path, stamp, header, True, table.left_out)
-    if path.suffix in PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise describe_foreign(head, path.name)
     length = parse_length(head[:64], size)
     return CheckpointFile(path, stamp, parse_header(reader.read(LENGTH_BYTES, length), size))

@@ -176,7 +176,7 @@ def _convert_mapping(
 
 def _reference(text: str) -> dict[str, Any]:
     """Split a model written as one string: a path, or `org/name[@revision]` on the Hub."""
-    if text.startswith((".", "/", "~")) or text.endswith(WEIGHT_SUFFIXES):
+    if text.startswith((".", "/", "~")) or text.lower().endswith(WEIGHT_SUFFIXES):
         return {"path": text}
     repo, _, revision = text.partition("@")
     return {"repo": repo, "revision": revision} if revision else {"repo": repo}

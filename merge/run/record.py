@@ -57,7 +57,10 @@ def local_inputs(sources: Sources, folder: Path) -> dict[str, str]:
         if model.repo is None:
             path = model.root if model.is_folder else model.weights[0].path
             relative = Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
-            if not {"home", "Users", "root", Path.home().name} & set(relative.split("/")):
+            is_private = {"home", "Users", "root", Path.home().name} & set(relative.split("/"))
+            # A name of other bytes than UTF-8 cannot be written down as JSON.
+            is_text = relative.encode(errors="ignore").decode() == relative
+            if is_text and not is_private:
                 found[model.role] = relative
     return found
 

@@ -167,9 +167,10 @@ def _prefix_of(ref: ModelRef) -> str:
 
 
 def _check_suffix(name: str, scope: Scope) -> None:
-    if name.endswith(PICKLE_SUFFIXES) and not scope.allow_pickle:
+    suffix = Path(name).suffix.lower()
+    if suffix in PICKLE_SUFFIXES and not scope.allow_pickle:
         raise SourceError(f"{name} is no .safetensors file but a pickle", hint=PICKLE_HINT)
-    if not name.endswith((".safetensors", *PICKLE_SUFFIXES)):
+    if suffix not in (".safetensors", *PICKLE_SUFFIXES):
         raise SourceError(f"{name} is no .safetensors file")
 
 

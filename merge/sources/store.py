@@ -89,8 +89,14 @@ class LocalStore:
 
         Raises:
             SourceNotFoundError: it cannot be read.
+            SourceError: its name is not UTF-8, or has control characters.
         """
         path = self.root / name
+        if name.encode(errors="ignore").decode() != name or any(c < " " for c in name):
+            raise SourceError(
+                f"the file name {name!r} in {self.root} is not UTF-8 or has control characters",
+                hint="rename the file",
+            )
         return SourceFile(name, path, _size_bytes(path))
 
     def fetch(self, names: Collection[str]) -> None:
