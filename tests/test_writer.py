@@ -20,6 +20,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
+import merge.writer.folder as folder_module
 from merge.errors import (
     CheckpointError,
     IntegrityError,
@@ -391,16 +392,30 @@ def test_overwrite_replaces_nothing_else(tmp_path: Path, what: str) -> None:
     assert final.is_symlink() == ("link" in what)
 
 
+@pytest.mark.parametrize(
+    ("has_exchange", "failing"), [(True, 0), (True, 1), *((False, index) for index in range(4))]
+)
 def test_a_replacement_that_fails_gives_the_old_output_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool, failing: int
 ) -> None:
     final = our_output(tmp_path / "out")
-    real = os.rename
+    real, seen = os.rename, [0]
+
+    def count() -> None:
+        seen[0] += 1
+        if seen[0] == failing + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def rename(source: Any, destination: Any, **options: Any) -> None:
-        if ".partial-" in Path(source).name:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        count()
         real(source, destination, **options)
+
+    def exchange(first: Path, second: Path) -> bool:
+        count()
+        return has_exchange and folder_exchange(first, second)
+
+    folder_exchange = folder_module.exchange
+    monkeypatch.setattr(folder_module, "exchange", exchange)
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OutputError, match="cannot write .*out: Input/output error"):

@@ -9,14 +9,13 @@ from typing import Any
 from merge.conversion.configs import read_json
 from merge.conversion.metadata import EDIT_CHANNELS, single_file_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
-from merge.conversion.overlap import refuse_overlap
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
 from merge.layout import plan_single_file, write_tensor_copies
 from merge.layout.write import plan_header
 from merge.reader import Checkpoint, read_checkpoint, verify_records
 from merge.sources.select import has_weights, select_weights
-from merge.writer import OutputFile
+from merge.writer import OutputFile, refuse_overlap
 
 _REQUIRED = {
     "sd15": ("unet", "vae", "text_encoder"),

@@ -12,7 +12,6 @@ from merge._version import __version__
 from merge.conversion.configs import Configs, check_configs, read_configs, read_json
 from merge.conversion.metadata import component_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
-from merge.conversion.overlap import refuse_overlap
 from merge.conversion.to_file import check_pickles
 from merge.errors import CheckpointError
 from merge.keymap import EDM_MARKERS
@@ -20,7 +19,7 @@ from merge.layout import TensorCopy, plan_components, write_tensor_copies
 from merge.layout.write import plan_header
 from merge.manifest import json_bytes
 from merge.reader import Checkpoint, read_checkpoint
-from merge.writer import OutputFolder
+from merge.writer import OutputFolder, refuse_overlap
 
 # What tells a folder that a conversion wrote from one that must not be replaced.
 RECORD = "conversion.json"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from merge.digest import DigestProcess
-from merge.errors import IntegrityError, OutputError
-from merge.sources import DISCARDED_HINT, SourceFile, Sources, discard
+from merge.errors import IntegrityError
+from merge.sources import DISCARDED_HINT, SourceFile, discard
 
 # Role and file.
 InputFile = tuple[str, SourceFile]
@@ -72,17 +71,3 @@ def check_digest(file: SourceFile, digest: str) -> None:
     raise IntegrityError(
         f"{file.name} has SHA-256 {digest}, and {file.expected_sha256} is expected", hint=hint
     )
-
-
-def check_not_an_input(final: Path, sources: Sources) -> None:
-    """Refuse an output folder that is, or holds, a model that is read."""
-    output = final.resolve()
-    for model in sources.models:
-        parts = model.pipeline.components if model.pipeline is not None else ()
-        files = [*model.weights, *(file for part in parts for file in part.files)]
-        for file in files:
-            if output in (file.path.resolve().parents) or output in file.path.absolute().parents:
-                raise OutputError(
-                    f"the output folder {final} is the {model.role} model, or holds it",
-                    hint="choose another folder; inputs are never written to",
-                )

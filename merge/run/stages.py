@@ -38,12 +38,12 @@ from merge.run.checkpoints import (
     write_single_file,
 )
 from merge.run.closing import check_pictures, verify_output
-from merge.run.inputs import InputFile, check_digest, check_not_an_input, digest_inputs
+from merge.run.inputs import InputFile, check_digest, digest_inputs
 from merge.run.merging import merge_components
 from merge.run.model import Progress, RunResult
 from merge.run.record import RUN_NAME, local_inputs, run_record
 from merge.sources import SourceFile, Sources, fetch_sources, resolve_sources
-from merge.writer import Journal, OutputFolder, write_atomically
+from merge.writer import Journal, OutputFolder, refuse_overlap, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class _Run:
         folder = OutputFolder(self.final, overwrite=overwrite, resume=resume)
         folder.check()
         for leftover in folder.leftovers():
-            what = "an earlier output that a killed run moved aside"
+            what = "a whole output, left by a run that was killed while it replaced one"
             if ".partial-" in leftover.name:
                 what = "left over from another run and can be removed"
             _LOG.warning("%s is %s", leftover, what)
@@ -140,7 +140,8 @@ class _Run:
         if self.lock is not None:
             self.lock.check_version()
         sources = resolve_sources(self.recipe, download=False)
-        check_not_an_input(self.final, sources)
+        inputs = (file.path for model in sources.models for file in model.files)
+        refuse_overlap(self.final, inputs)
         if self.lock is not None:
             sources = self.lock.pin(sources)
         if not all(file.is_present for model in sources.models for file in model.files):
@@ -166,10 +167,12 @@ class _Run:
         )
         check_records(plan)
         digest = recipe_digest(self.recipe, sources, digests)
-        journal = Journal.open(folder.journal_path, self._facts(sources, digests))
-        if folder.is_resumed:
-            folder.clear([component.file_name for component in plan.components])
-        with journal, Background() as background:
+        with (
+            Journal.open(folder.journal_path, self._facts(sources, digests)) as journal,
+            Background() as background,
+        ):
+            if folder.is_resumed:
+                folder.take_over([component.file_name for component in plan.components])
             mark = time.perf_counter()
             copies = {
                 name: background.submit(_copy_checked, folder, file, name, background.stop)

@@ -3,6 +3,7 @@
 from merge.writer.file import OutputFile, write_atomically
 from merge.writer.folder import OutputFolder
 from merge.writer.journal import Checkpoint, Journal
+from merge.writer.overlap import refuse_overlap
 from merge.writer.tensors import TensorFileWriter
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "OutputFile",
     "OutputFolder",
     "TensorFileWriter",
+    "refuse_overlap",
     "write_atomically",
 ]

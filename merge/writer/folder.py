@@ -12,6 +12,7 @@ from pathlib import Path
 
 from merge.errors import OutputError, OutputExistsError, ResumeError
 from merge.reader import FileReader
+from merge.writer.exchange import exchange
 from merge.writer.journal import JOURNAL_NAME
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_all, write_error
@@ -64,12 +65,13 @@ class OutputFolder(PartialOutput):
     def leftovers(self) -> list[Path]:
         """Return folders that earlier, killed runs left beside the final name; never touched.
 
-        Unfinished ones, and an output that was moved aside and whose successor never came.
+        Unfinished ones, and whole ones of runs that were killed while they replaced an output.
         """
         name = glob.escape(self.final.name)
         found = [
-            *self.final.parent.glob(f"{name}.partial-*"),
-            *self.final.parent.glob(f"{name}.old-*"),
+            path
+            for word in ("partial", "whole", "old")
+            for path in self.final.parent.glob(f"{name}.{word}-*")
         ]
         return sorted(path for path in found if path != self.partial)
 
@@ -78,8 +80,34 @@ class OutputFolder(PartialOutput):
         """Return where the journal of this output is while it is not finished."""
         return self.partial / JOURNAL_NAME
 
-    def clear(self, kept: Collection[str]) -> None:
-        """Remove what an earlier run wrote, but for the journal and the files to go on with.
+    def take_over(self, kept: Collection[str]) -> None:
+        """Make what an earlier run left this run's own, and remove what it does not go on with.
+
+        The new name is what makes it this run's: of two runs that resume at once only one can
+        rename the folder, also where locks do nothing.
+
+        Args:
+            kept: Names of files to go on with.
+
+        Raises:
+            ResumeError: another run took it.
+            OutputError: it cannot be renamed, or a file in it cannot be removed.
+        """
+        claimed = self._new_partial()
+        try:
+            self.partial.rename(claimed)
+        except FileNotFoundError:
+            raise ResumeError(
+                f"{self.partial} was taken over by another run",
+                hint="wait for it, or choose another output folder",
+            ) from None
+        except OSError as error:
+            raise write_error(self.partial, error) from error
+        self.partial = claimed
+        self._clear(kept)
+
+    def _clear(self, kept: Collection[str]) -> None:
+        """Remove all but the journal and the files to go on with.
 
         Raises:
             OutputError: a file cannot be removed.
@@ -91,6 +119,13 @@ class OutputFolder(PartialOutput):
                     path.unlink()
         except OSError as error:
             raise write_error(self.partial, error) from error
+
+    def _written_bytes(self) -> int:
+        if not self.is_resumed:
+            return 0
+        # Blocks and not sizes: a file that was begun has its full size and holes.
+        paths = [path for path in self.partial.rglob("*") if path.is_file()]
+        return sum(path.stat().st_blocks * 512 for path in paths)
 
     def _begin(self) -> None:
         if not self.is_resumed:
@@ -170,17 +205,14 @@ class OutputFolder(PartialOutput):
 
         Raises:
             OutputExistsError: another run took the name meanwhile.
-            OutputError: the folder cannot be renamed.
+            OutputError: the folder cannot be renamed; what had the name has it still.
         """
         try:
             self.journal_path.unlink(missing_ok=True)
             for folder, _, _ in os.walk(self.partial):
                 sync_folder(Path(folder))
             self.check()
-            old = None
-            if os.path.lexists(self.final) and not _is_empty_folder(self.final):
-                old = self.final.parent / f"{self.final.name}.old-{self.partial.name[-8:]}"
-            self._swap(old)
+            old = self._swap()
             try:
                 sync_folder(self.final.parent)
             except OSError:
@@ -193,21 +225,43 @@ class OutputFolder(PartialOutput):
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _swap(self, old: Path | None) -> None:
-        """Rename the folder, moving what has the name to `old` before."""
-        try:
-            if old is not None:
-                self.final.rename(old)
+    def _swap(self) -> Path | None:
+        """Give the folder its name; return where the output is that had it."""
+        if not os.path.lexists(self.final) or _is_empty_folder(self.final):
             self.partial.rename(self.final)
+            return None
+        # It is whole: were the run killed now, no partial folder may hold one, new or old.
+        whole = self._beside("whole")
+        self.partial.rename(whole)
+        try:
+            if exchange(whole, self.final):
+                return whole
+            return self._swap_in_two_steps(whole)
         except BaseException:
-            if old is not None and old.exists() and not os.path.lexists(self.final):
-                old.rename(self.final)
+            whole.rename(self.partial)
             raise
 
+    def _swap_in_two_steps(self, whole: Path) -> Path:
+        old = self._beside("old")
+        self.final.rename(old)
+        try:
+            whole.rename(self.final)
+        except BaseException:
+            old.rename(self.final)
+            raise
+        return old
+
     def _swap_back(self, old: Path | None) -> None:
+        """Undo `_swap`."""
+        if old is not None and exchange(old, self.final):
+            old.rename(self.partial)
+            return
         self.final.rename(self.partial)
         if old is not None:
             old.rename(self.final)
+
+    def _beside(self, word: str) -> Path:
+        return self.final.parent / f"{self.final.name}.{word}-{self.partial.name[-8:]}"
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -24,9 +24,13 @@ class PartialOutput(ABC):
     def __init__(self, final: Path, *, overwrite: bool) -> None:
         self.final = final
         self.overwrite = overwrite
-        self.partial = final.parent / f"{final.name}.partial-{secrets.token_hex(4)}"
+        self.partial = self._new_partial()
         self._created: list[Path] = []
+        self._needed_bytes = 0
         self._published = False
+
+    def _new_partial(self) -> Path:
+        return self.final.parent / f"{self.final.name}.partial-{secrets.token_hex(4)}"
 
     @abstractmethod
     def check(self) -> None:
@@ -46,16 +50,25 @@ class PartialOutput(ABC):
         Raises:
             NoSpaceError: the disk is too small.
         """
-        folder = self.final.parent
-        while not folder.exists():
-            folder = folder.parent
-        status = os.statvfs(folder)
-        free_bytes = status.f_bavail * status.f_frsize
-        if needed_bytes > free_bytes:
+        self._needed_bytes = needed_bytes
+        folder, free_bytes = self._free()
+        if needed_bytes - self._written_bytes() > free_bytes:
             raise NoSpaceError(
                 f"the output needs {needed_bytes:,} bytes and {folder} has {free_bytes:,} free",
                 hint="free some space, or choose another disk for the output",
             )
+
+    def _free(self) -> tuple[Path, int]:
+        """Return a folder of the output's file system, and how many bytes are free there."""
+        folder = self.final.parent
+        while not folder.exists():
+            folder = folder.parent
+        status = os.statvfs(folder)
+        return folder, status.f_bavail * status.f_frsize
+
+    def _written_bytes(self) -> int:
+        """Return what the disk holds of the output already."""
+        return 0
 
     def __enter__(self) -> Self:
         self.check()
@@ -77,6 +90,12 @@ class PartialOutput(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, NoSpaceError) and self._needed_bytes:
+            folder, free_bytes = self._free()
+            error.message += (
+                f" (the output needs {self._needed_bytes:,} bytes in all, and {folder} has "
+                f"{free_bytes:,} free)"
+            )
         if not self._published and not self._is_kept(error):
             self._discard()
             self._remove_created()
