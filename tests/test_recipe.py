@@ -494,16 +494,32 @@ def test_the_product_of_the_weights_must_fit_too(problems: Problems) -> None:
     "text",
     [
         *("0123456", "0e12345", "1234567", "1e5", "on", "off", "yes", "no", "true", "False"),
-        *("12:30", "1_000", "1.10", "0x1f", "2020-01-01", ".5", "1.", "007"),
+        *("1_000", "1.10", "0x1f", "2020-01-01", "007"),
     ],
 )
 def test_text_stays_as_written(load: Load, text: str) -> None:
     models = f"models: {{distilled: a/b, target: {{repo: a/b, revision: {text}}}}}\n"
-    recipe = load(f"{models}exclude: [{text}]", base=NAME)
+    recipe = load(models, base=NAME)
     assert recipe.models.target.revision == text
-    assert recipe.exclude == [text]
     assert load("", f"models.target.revision={text}").models.target.revision == text
+
+
+@pytest.mark.parametrize("text", ["0123456", "on", "12:30", "1_000", "1.10", ".5", "1.", "1e5"])
+def test_text_of_lists_stays_as_written(load: Load, text: str) -> None:
+    assert load(f"exclude: [{text}]").exclude == [text]
     assert load("", f"exclude=[{text}]").exclude == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("../x", "a/../b", "a..b", "-x", "/x", "x/", "a//b", ".x", "x.", "a b", "a~1", "a^"),
+        *("a:b", "a?", "a*", "a[0]", "a\\b", "@{1}", "a\tb"),
+    ],
+)
+def test_revisions_that_git_cannot_have(problems: Problems, text: str) -> None:
+    (problem,) = problems("", f"models.target.revision='{text}'")
+    assert problem == f"models.target.revision: {text!r} is no branch, tag or commit"
 
 
 @pytest.mark.parametrize("name", ["on", "0123456", "1e5", "true", "1.10", "007", "2020-01-01"])

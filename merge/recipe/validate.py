@@ -18,6 +18,8 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
+# What git takes for the name of a branch, tag or commit.
+_REVISION = re.compile(r"(?![-/.])(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])")
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CHANNEL_RULES = ("skip", "first", "error")
@@ -89,6 +91,8 @@ def _check_model(field: str, ref: ModelRef | DistilledRef) -> Iterator[str]:
         value = getattr(ref, name)
         if value is not None and not _is_inside(value):
             yield f"{field}.{name}: {value!r} must stay inside the model"
+    if ref.revision is not None and not _REVISION.fullmatch(ref.revision):
+        yield f"{field}.revision: {ref.revision!r} is no branch, tag or commit"
     if ref.variant is not None and not _VARIANT.fullmatch(ref.variant):
         yield f"{field}.variant: {ref.variant!r} must be letters, digits, `_` and `-`"
     for name, digest in ref.sha256.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
 from merge.digest import DigestProcess
 from merge.errors import IntegrityError
-from merge.sources import DISCARDED_HINT, SourceFile, discard
+from merge.sources import DISCARDED_HINT, ResolvedModel, SourceFile, discard
+
+_LOG = logging.getLogger(__name__)
 
 # Role and file.
 InputFile = tuple[str, SourceFile]
@@ -71,3 +74,18 @@ def check_digest(file: SourceFile, digest: str) -> None:
     raise IntegrityError(
         f"{file.name} has SHA-256 {digest}, and {file.expected_sha256} is expected", hint=hint
     )
+
+
+def tell_links(model: ResolvedModel) -> None:
+    """Warn of files that are copied and that a link takes from outside of the model's folder.
+
+    A folder that somebody else packed may link to anything of this machine, and an export is
+    there to be published. The Hub's cache links to its own blobs.
+    """
+    parts = model.pipeline.components if model.pipeline is not None else ()
+    root = model.root.resolve()
+    blobs = root.parent.parent / "blobs"
+    for file in (file for part in parts for file in part.companions.values()):
+        path = file.path.resolve()
+        if not path.is_relative_to(root) and path.parent != blobs:
+            _LOG.warning("%s is a link to %s: its content goes into the output", file.name, path)

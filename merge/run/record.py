@@ -42,7 +42,7 @@ def run_record(
         "peak_rss_bytes": _peak_rss_bytes(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
 
 

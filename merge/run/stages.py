@@ -38,7 +38,7 @@ from merge.run.checkpoints import (
     write_single_file,
 )
 from merge.run.closing import check_pictures, verify_output
-from merge.run.inputs import InputFile, check_digest, digest_inputs
+from merge.run.inputs import InputFile, check_digest, digest_inputs, tell_links
 from merge.run.merging import merge_components
 from merge.run.model import Progress, RunResult
 from merge.run.record import RUN_NAME, local_inputs, run_record
@@ -142,6 +142,7 @@ class _Run:
         sources = resolve_sources(self.recipe, download=False)
         inputs = (file.path for model in sources.models for file in model.files)
         refuse_overlap(self.final, inputs)
+        tell_links(sources.target)
         if self.lock is not None:
             sources = self.lock.pin(sources)
         if not all(file.is_present for model in sources.models for file in model.files):
