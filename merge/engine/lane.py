@@ -208,6 +208,9 @@ class Lane:
                         f"infinite in {file.role} ({file.name})",
                         hint="the file is damaged or its training diverged; use another one",
                     )
+            hint = "set out_dtype=bfloat16 or float32, or on_overflow=clamp"
+            if self._on_overflow != "error":
+                hint = "sums of its terms are undefined in float32: use smaller weights"
             self._on_overflow = "count"
             state = TensorState(1)
             for unit in cut_units(self._component.tensors):
@@ -217,14 +220,14 @@ class Lane:
         return NonFiniteError(
             f"{tensor.key}: {state.overflows:,} of {tensor.target.element_count:,} values are too "
             f"large for {word}",
-            hint="set out_dtype=bfloat16 or float32, or on_overflow=clamp",
+            hint=hint,
         )
 
-    def _count_non_finite(self, ref: TensorRef) -> int:
+    def _count_non_finite(self, ref: TensorRef, slot: int = 0) -> int:
         count = 0
         for start in range(0, ref.element_count, self._plain_block):
             part = min(self._plain_block, ref.element_count - start)
-            values = self._buffers.read_float(ref, start, part, 0)
+            values = self._buffers.read_float(ref, start, part, slot)
             count += int((~torch.isfinite(values)).sum())
         return count
 
@@ -240,7 +243,9 @@ class Lane:
         state.overflows += count
         if self._on_overflow == "count":
             return
-        if self._on_overflow == "error" or not bool(finite.all()):
+        if self._on_overflow == "error" or values.isnan().any():
+            raise RangeError(tensor.key)
+        if not bool(finite.all()) and any(self._count_non_finite(ref, 1) for ref in tensor.refs):
             raise RangeError(tensor.key)
         largest = _LARGEST[tensor.dtype_out]
         if self._on_overflow == "clamp":
