@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from merge import load_recipe, run_recipe
-from merge.errors import IntegrityError, MergeError, OutputError
+from merge.errors import CheckpointError, IntegrityError, MergeError, OutputError
 from merge.reader import FileReader
 from tests.mini import random_tensors, write_models, write_recipe, write_unet
 
@@ -39,10 +39,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _run_together(place: Path, barrier: Any, results: Any) -> None:
+def _run_together(place: Path, barrier: Any, results: Any, overwrite: bool = False) -> None:
     barrier.wait()
     try:
-        run(place)
+        run(place, overwrite=overwrite)
         results.put(0)
     except MergeError as error:
         results.put(error.exit_code)
@@ -63,6 +63,46 @@ def test_of_two_runs_to_one_folder_one_wins_and_one_is_refused(place: Path) -> N
         for child in children:
             child.join()
         assert codes == [0, 8]
+        assert contents(place / "out") == expected
+        assert not list(place.glob("out.*"))
+
+
+def test_a_run_while_its_input_is_still_being_written_is_refused_until_it_is_whole(
+    place: Path,
+) -> None:
+    expected = contents(run(place))
+    shutil.rmtree(place / "out")
+    path = place / "distilled" / WEIGHTS
+    data = path.read_bytes()
+    reasons = []
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, len(data), 512):
+            with pytest.raises((CheckpointError, IntegrityError)) as caught:
+                run(place)
+            reasons.append(caught.value.message)
+            assert str(path) in reasons[-1]
+            assert not list(place.glob("out*"))
+            file.write(data[start : start + 512])
+    assert "the file has only 0 bytes" in reasons[0]
+    assert "is truncated" in reasons[-1]
+    assert contents(run(place)) == expected
+
+
+def test_two_runs_that_both_replace_an_output_leave_one_of_them(place: Path) -> None:
+    expected = contents(run(place))
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        barrier, results = context.Barrier(2), context.Queue()
+        children = [
+            context.Process(target=_run_together, args=(place, barrier, results, True))
+            for _ in range(2)
+        ]
+        for child in children:
+            child.start()
+        codes = {results.get(timeout=60) for _ in children}
+        for child in children:
+            child.join()
+        assert 0 in codes <= {0, 8}
         assert contents(place / "out") == expected
         assert not list(place.glob("out.*"))
 

@@ -68,6 +68,25 @@ def command(
     return child
 
 
+def together(
+    hub: HubServer, home: Path, lines: list[list[object]], prelude: str = ""
+) -> list[tuple[int, str]]:
+    """Start commands at once; return their exit codes and messages."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", prelude + NO_WAIT, *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**hub.environment(home), "HF_TOKEN": TOKEN},
+            cwd=home.parent,
+        )
+        for words in lines
+    ]
+    said = [child.communicate(timeout=240)[1] for child in children]
+    return [(child.returncode, text) for child, text in zip(children, said, strict=True)]
+
+
 def reproducible(folder: Path) -> dict[str, str]:
     """Return the digest of every file but those that say how a run went."""
     return {
@@ -389,3 +408,27 @@ def test_names_that_would_leave_the_folder_are_refused(
     child = command(hub, tmp_path / "home", "run", recipe, "--no-verify")
     assert child.returncode == 4
     assert "lists a file outside of itself: '../../evil.json'" in child.stderr
+
+
+@pytest.mark.parametrize("locks", ["work", "do nothing"])
+def test_runs_that_download_the_same_models_at_once_both_succeed(
+    hub: HubServer, tmp_path: Path, locks: str
+) -> None:
+    models = {role: {"repo": f"tiny/{role}"} for role in ("base", "distilled")}
+    models["target"] = {"repo": "tiny/target", "subfolder": "unet"}
+    (tmp_path / "fast.yaml").write_text(yaml.safe_dump({"name": "fast", "models": models}))
+    prelude = "" if locks == "work" else "import fcntl; fcntl.flock = lambda *_: None; "
+    lines: list[list[object]] = [
+        ["run", "fast.yaml", "--out", tmp_path / name, "--no-verify"] for name in ("a", "b")
+    ]
+    for code, said in together(hub, tmp_path / "home", lines, prelude):
+        assert code == 0, said
+    assert reproducible(tmp_path / "a") == reproducible(tmp_path / "b")
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
+    # What both left in the cache is right: a third run takes it from there.
+    asked = len(hub.transfers)
+    words = ["run", "fast.yaml", "--out", tmp_path / "c", "--no-verify"]
+    ((code, said),) = together(hub, tmp_path / "home", [words])
+    assert code == 0, said
+    assert reproducible(tmp_path / "c") == reproducible(tmp_path / "a")
+    assert hub.transfers[asked:] == []
