@@ -32,6 +32,11 @@ else:
 """
 
 
+def platform_words() -> str:
+    """Return system, release and machine; `platform.platform()` starts a program to find out."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
 def describe_environment() -> dict[str, str]:
     """Return name to value: versions, devices, cache and offline settings; no tokens."""
     from huggingface_hub import constants
@@ -39,7 +44,7 @@ def describe_environment() -> dict[str, str]:
     facts = {
         "instruct-merge": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": platform_words(),
         "cores": str(os.cpu_count()),
     }
     for package in _PACKAGES:

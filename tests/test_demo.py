@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -139,18 +140,19 @@ def test_the_merge_edits_right_in_four_steps(name: str, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == str(out)
-    assert count_right(out) > max(count_right(MODELS / "target"), 130)
+    assert count_right(out) > max(count_right(MODELS / "target"), 65)
 
 
+@functools.cache
 def count_right(model: Path) -> int:
-    """Count the edits among 200 unseen ones that a checkpoint gets right in four steps."""
+    """Count the edits among 100 unseen ones that a checkpoint gets right in four steps."""
     run = subprocess.run(
-        [sys.executable, DEMO / "evaluate.py", "--model", model, "--count", "200"],
+        [sys.executable, DEMO / "evaluate.py", "--model", model, "--count", "100"],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return int(run.stdout.split(" of 200 ")[0])
+    return int(run.stdout.split(" of 100 ")[0])
 
 
 def test_a_share_below_the_limit_fails() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
 import merge.recipe.bundled as bundled
+import merge.run.closing as closing
 from merge import load_recipe
 from merge.cli import main
 from merge.methods import METHODS
@@ -36,6 +41,14 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("instruct-merge")]
 
 
+def _edit_warm(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the closing edits here, where torch and diffusers are imported already."""
+    assert command[1:3] == ["-m", "merge"]
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as stop:
+        main(command[3:])
+    return subprocess.CompletedProcess(command, int(stop.value.code or 0), "", "")
+
+
 def test_every_command_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -55,6 +68,8 @@ def test_every_command_runs(
     tree["scheduler"] = demo["scheduler"]
     hub.write_text(yaml.safe_dump(tree))
     monkeypatch.setattr(bundled, "bundled_folder", lambda: recipes)
+    processes = SimpleNamespace(run=_edit_warm, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(closing, "subprocess", processes)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for path in (tmp_path / "photo.jpg", tmp_path / "photos" / "a.png"):
@@ -77,14 +92,16 @@ def _publish(words: list[str], folder: Path) -> None:
     """Publish to a Hub on loopback: its client reads where that is when it is imported."""
     (folder / "hub").mkdir()
     with HubServer(folder / "hub") as hub:
-        child = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-m", "merge", *words[1:]],
             env=hub.environment(folder / "home"),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-        )
-        assert child.returncode == 0, child.stderr
-        assert child.stdout.startswith(hub.url)
+        ) as child:
+            said = child.communicate()
+        assert child.returncode == 0, said[1]
+        assert said[0].startswith(hub.url)
 
 
 def test_the_annotated_recipe_is_valid_and_names_defaults(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
+from merge.environment import platform_words
 from merge.plan import MergePlan
 from merge.sources import Sources
 
@@ -42,7 +43,7 @@ def run_record(
         "peak_rss_bytes": _peak_rss_bytes(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "platform": platform_words(),
     }
 
 
