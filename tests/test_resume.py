@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -24,13 +25,13 @@ from merge import load_recipe, run_recipe
 from merge.errors import (
     CheckpointError,
     NonFiniteError,
-    OutputError,
     OutputExistsError,
     ResumeError,
 )
 from merge.reader import read_header
 from merge.writer.journal import JOURNAL_NAME, Checkpoint, Journal
 from tests.mini import random_tensors, write_models, write_recipe, write_unet
+from tests.together import exit_codes
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MODELS = ("base", "distilled", "target")
@@ -284,15 +285,6 @@ def test_a_checkpoint_is_the_same_after_a_journal(tmp_path: Path) -> None:
         assert journal.checkpoints == (written, dataclasses.replace(written, tensors=4))
 
 
-def _resume_together(place: Path, barrier: Any, results: Any) -> None:
-    barrier.wait()
-    try:
-        run(place, resume=True)
-        results.put(0)
-    except OutputError as error:
-        results.put(error.exit_code)
-
-
 @pytest.mark.parametrize("locks", ["work", "do nothing"])
 def test_of_two_that_resume_at_once_one_goes_on_and_one_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, locks: str
@@ -300,20 +292,9 @@ def test_of_two_that_resume_at_once_one_goes_on_and_one_is_refused(
     expected = whole(place)
     if locks == "do nothing":
         monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    context = multiprocessing.get_context("fork")
     for count in (3, 9, 15, 21, 27):
         interrupted(place, count)
-        barrier, results = context.Barrier(2), context.Queue()
-        children = [
-            context.Process(target=_resume_together, args=(place, barrier, results))
-            for _ in range(2)
-        ]
-        for child in children:
-            child.start()
-        codes = sorted(results.get(timeout=60) for _ in children)
-        for child in children:
-            child.join()
-        assert codes == [0, 8]
+        assert exit_codes(2, functools.partial(run, place, resume=True)) == [0, 8]
         assert contents(place / "out") == expected
         assert not list(place.glob("out.*"))
         shutil.rmtree(place / "out")
@@ -335,9 +316,8 @@ def test_where_locks_do_nothing_a_run_that_is_overtaken_ends_and_harms_nothing(
             run(place, resume=True)
 
     monkeypatch.setattr(Journal, "add", overtaken)
-    with pytest.raises(OutputError) as caught:
+    with pytest.raises(ResumeError, match="was taken over by another run"):
         run(place, threads=1)
-    assert caught.value.exit_code == 8
     assert contents(place / "out") == expected
     assert not list(place.glob("out.*"))
 

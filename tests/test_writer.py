@@ -653,3 +653,19 @@ def test_files_of_a_folder_are_never_written_twice(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="cannot write .*a/file/b: "):
             folder.write_file("a/file/b", b"below a file")
         assert (folder.partial / "a" / "file").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("moment", ["before a file", "before the end"])
+def test_a_folder_that_somebody_took_is_not_begun_anew(tmp_path: Path, moment: str) -> None:
+    """Were it, a part of the output would get the output's name."""
+    folder = OutputFolder(tmp_path / "out", overwrite=False)
+    with pytest.raises(OutputError), folder:
+        folder.write_file("unet/first", b"1")
+        folder.partial.rename(tmp_path / "theirs")
+        if moment == "before a file":
+            folder.write_file("unet/second", b"2")
+        folder.partial.mkdir()
+        folder.write_file("second", b"2")
+        folder.publish()
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "theirs" / "unet" / "first").read_bytes() == b"1"

@@ -39,7 +39,7 @@ from merge.run.checkpoints import (
 )
 from merge.run.closing import check_pictures, verify_output
 from merge.run.inputs import InputFile, check_digest, digest_inputs, tell_links
-from merge.run.merging import merge_components
+from merge.run.merging import MergedFiles, merge_components
 from merge.run.model import Progress, RunResult
 from merge.run.record import RUN_NAME, local_inputs, run_record
 from merge.sources import SourceFile, Sources, fetch_sources, resolve_sources
@@ -123,9 +123,8 @@ class _Run:
         folder.check_space(plan.write_bytes)
         self._lap("plan", mark)
         try:
-            with folder:
+            with folder, folder.told_of_others():
                 digest, files = self._build(folder, sources, plan, device, threads)
-                folder.publish()
         except BaseException as error:
             if not isinstance(error, Exception) and folder.journal_path.is_file():
                 error.add_note(f"{folder.partial} is kept")
@@ -160,6 +159,7 @@ class _Run:
         device: str,
         threads: int | None,
     ) -> tuple[str, dict[str, FileRecord]]:
+        """Write the whole output and give it its name."""
         export = plan_export(self.recipe, plan, sources.target)
         digests = digest_inputs(
             self._hashed(sources, export),
@@ -168,13 +168,32 @@ class _Run:
         )
         check_records(plan)
         digest = recipe_digest(self.recipe, sources, digests)
-        with (
-            Journal.open(folder.journal_path, self._facts(sources, digests)) as journal,
-            Background() as background,
-        ):
+        facts = self._facts(sources, digests)
+        # Locked to the end: until the folder has its name nobody else may go on with it.
+        with Journal.open(folder.journal_path, facts, is_resumed=folder.is_resumed) as journal:
             if folder.is_resumed:
                 folder.take_over([component.file_name for component in plan.components])
-            mark = time.perf_counter()
+            merged, files = self._write_weights(
+                folder, plan, export, digests, digest, device, threads, journal
+            )
+            self._write_records(folder, sources, plan, export, digests, digest, merged, files)
+            folder.publish()
+        return digest, files
+
+    def _write_weights(
+        self,
+        folder: OutputFolder,
+        plan: MergePlan,
+        export: ExportFiles,
+        digests: dict[tuple[str, str], str],
+        digest: str,
+        device: str,
+        threads: int | None,
+        journal: Journal,
+    ) -> tuple[MergedFiles, dict[str, FileRecord]]:
+        """Merge, and copy and rewrite beside it; `digests` gets those of what is copied."""
+        mark = time.perf_counter()
+        with Background() as background:
             copies = {
                 name: background.submit(_copy_checked, folder, file, name, background.stop)
                 for name, file in export.copies.items()
@@ -199,13 +218,27 @@ class _Run:
                 files[name] = FileRecord(source.size_bytes, future.result())
                 digests["target", source.name] = files[name].sha256
             files |= {name: future.result() for name, future in conversions.items()}
-            self._lap("merge_and_copy", mark)
+        self._lap("merge_and_copy", mark)
         self.seconds |= merged.seconds
         if self.recipe.output.single_file:
             mark = time.perf_counter()
             name = f"{self.recipe.name}.safetensors"
             files[name] = write_single_file(folder, name, files, self._metadata(plan, digest))
             self._lap("single_file", mark)
+        return merged, files
+
+    def _write_records(
+        self,
+        folder: OutputFolder,
+        sources: Sources,
+        plan: MergePlan,
+        export: ExportFiles,
+        digests: dict[tuple[str, str], str],
+        digest: str,
+        merged: MergedFiles,
+        files: dict[str, FileRecord],
+    ) -> None:
+        """Write what is known of the run; `files` gets what is of the reproducible set."""
         mark = time.perf_counter()
         written = {**export.written, LOCK_NAME: build_lock(self.recipe, sources, digests)}
         for name, data in written.items():
@@ -221,7 +254,6 @@ class _Run:
         folder.write_file(CARD_NAME, draft_card(folder.partial).encode())
         if self.lock_path is not None:
             self._pinned = build_lock(self.recipe, sources, digests, with_requested=True)
-        return digest, files
 
     def _facts(self, sources: Sources, digests: Mapping[tuple[str, str], str]) -> dict[str, str]:
         """Return what decides the output's bytes, for a journal."""

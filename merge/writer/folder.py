@@ -7,13 +7,14 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from merge.errors import OutputError, OutputExistsError, ResumeError
+from merge.errors import MergeError, OutputError, OutputExistsError, ResumeError
 from merge.reader import FileReader
 from merge.writer.exchange import exchange
-from merge.writer.journal import JOURNAL_NAME
+from merge.writer.journal import JOURNAL_NAME, overtaken
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_all, write_error
 
@@ -34,6 +35,7 @@ class OutputFolder(PartialOutput):
     ) -> None:
         super().__init__(final, overwrite=overwrite)
         self.marker = marker
+        self._identity: tuple[int, int] | None = None
         begun = [path for path in self.leftovers() if (path / JOURNAL_NAME).is_file()]
         self.is_resumed = resume and bool(begun)
         if self.is_resumed:
@@ -97,10 +99,7 @@ class OutputFolder(PartialOutput):
         try:
             self.partial.rename(claimed)
         except FileNotFoundError:
-            raise ResumeError(
-                f"{self.partial} was taken over by another run",
-                hint="wait for it, or choose another output folder",
-            ) from None
+            raise overtaken(self.partial) from None
         except OSError as error:
             raise write_error(self.partial, error) from error
         self.partial = claimed
@@ -130,6 +129,8 @@ class OutputFolder(PartialOutput):
     def _begin(self) -> None:
         if not self.is_resumed:
             self.partial.mkdir()
+        status = self.partial.stat()
+        self._identity = status.st_dev, status.st_ino
 
     def _is_kept(self, error: BaseException | None) -> bool:
         # A signal, and not a failure that would come again.
@@ -147,10 +148,37 @@ class OutputFolder(PartialOutput):
         """
         path = self.partial / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for parent in reversed(path.relative_to(self.partial).parents[:-1]):
+                # Never the folder itself: were it gone, a part of the output would take its name.
+                (self.partial / parent).mkdir(exist_ok=True)
         except OSError as error:
             raise write_error(path, error) from error
         return path
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Return True when another run goes on with what was begun here."""
+        if self._identity is None:
+            return False
+        try:
+            status = self.partial.stat()
+        except OSError:
+            return True
+        return (status.st_dev, status.st_ino) != self._identity
+
+    @contextmanager
+    def told_of_others(self) -> Iterator[None]:
+        """Name what is behind failures once another run has taken the folder.
+
+        Raises:
+            ResumeError: it has.
+        """
+        try:
+            yield
+        except MergeError as error:
+            if self.is_overtaken and not self._published:
+                raise overtaken(self.partial) from error
+            raise
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file and make it durable."""
@@ -205,8 +233,11 @@ class OutputFolder(PartialOutput):
 
         Raises:
             OutputExistsError: another run took the name meanwhile.
+            ResumeError: another run took the folder meanwhile.
             OutputError: the folder cannot be renamed; what had the name has it still.
         """
+        if self.is_overtaken:
+            raise overtaken(self.partial)
         try:
             self.journal_path.unlink(missing_ok=True)
             for folder, _, _ in os.walk(self.partial):

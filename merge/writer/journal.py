@@ -53,19 +53,23 @@ class Journal:
         self._fd = descriptor
 
     @staticmethod
-    def open(path: Path, facts: Mapping[str, str]) -> Journal:
+    def open(path: Path, facts: Mapping[str, str], *, is_resumed: bool = False) -> Journal:
         """Begin a journal, or go on with the one that is there.
 
         Args:
             path: In the unfinished output.
             facts: What must be the same for the bytes to be: in words, and its value.
+            is_resumed: It must be there.
 
         Raises:
-            ResumeError: the one that is there is of another run, or in use.
+            ResumeError: the one that is there is of another run, or in use, or gone by now.
             OutputError: it cannot be written.
         """
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (0 if is_resumed else os.O_CREAT)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            raise overtaken(path.parent) from None
         except OSError as error:
             raise write_error(path, error) from error
         try:
@@ -100,6 +104,14 @@ class Journal:
             OutputError: it cannot be written.
         """
         _append(self._fd, self.path, asdict(checkpoint))
+
+
+def overtaken(folder: Path) -> ResumeError:
+    """Return the error to raise when somebody else goes on with an unfinished output."""
+    return ResumeError(
+        f"{folder} was taken over by another run",
+        hint="wait for it, or choose another output folder",
+    )
 
 
 def _lock(descriptor: int, path: Path) -> None:
