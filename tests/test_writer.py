@@ -659,13 +659,18 @@ def test_files_of_a_folder_are_never_written_twice(tmp_path: Path) -> None:
 def test_a_folder_that_somebody_took_is_not_begun_anew(tmp_path: Path, moment: str) -> None:
     """Were it, a part of the output would get the output's name."""
     folder = OutputFolder(tmp_path / "out", overwrite=False)
-    with pytest.raises(OutputError), folder:
-        folder.write_file("unet/first", b"1")
-        folder.partial.rename(tmp_path / "theirs")
-        if moment == "before a file":
-            folder.write_file("unet/second", b"2")
-        folder.partial.mkdir()
-        folder.write_file("second", b"2")
-        folder.publish()
+
+    def build_in_spite() -> None:
+        with folder:
+            folder.write_file("unet/first", b"1")
+            folder.partial.rename(tmp_path / "theirs")
+            if moment == "before a file":
+                folder.write_file("unet/second", b"2")
+            folder.partial.mkdir()
+            folder.write_file("second", b"2")
+            folder.publish()
+
+    with pytest.raises(OutputError):
+        build_in_spite()
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "theirs" / "unet" / "first").read_bytes() == b"1"
