@@ -193,8 +193,8 @@ def test_plain_memory_gives_the_bytes_of_pinned_memory(
 
 def _run_with_little_memory(place: Path, results: Any) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    # Threads and small things fit; the buffers of 64 workers do not.
-    resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+    # Small things fit; the buffers of 64 workers, or their threads, do not.
+    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20,) * 2)
     results.put(
         _outcome(
             lambda: run_recipe(
