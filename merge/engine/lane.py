@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from merge.engine.buffers import TORCH_DTYPES, Buffers
+from merge.engine.buffers import TORCH_DTYPES, make_buffers
 from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
@@ -46,7 +46,8 @@ class Lane:
         self._plain_block = plain_block
         self._on_overflow = on_overflow
         self._starts = [spec.start for spec in component.out_header.tensors]
-        self._buffers = Buffers(readers, device, block_elements(component.tensors, plain_block))
+        block = block_elements(component.tensors, plain_block)
+        self._buffers = make_buffers(readers, device, block)
         self._adder = TermAdder(self._buffers, plan.method, plan.params)
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -101,7 +102,7 @@ class Lane:
         for start in range(unit.start, unit.start + unit.count, step):
             count = min(step, unit.start + unit.count - start)
             values = self._buffers.read_float(tensor.target, start, count, 0)
-            if self._adder.add(tensor, factors, values, start):
+            if self._adder.add(tensor, factors, values, start, is_changed=state.changed):
                 state.changed = True
             if baked is not None:
                 values += baked[start : start + count]
@@ -147,20 +148,23 @@ class Lane:
         step = self._plain_block if is_float else max(1, self._buffers.block * 4 // width)
         for start in range(unit.start, unit.start + unit.count, step):
             count = min(step, unit.start + unit.count - start)
-            if is_float:
+            if is_float and ref.dtype != tensor.dtype_out:
                 values = self._buffers.read_float(ref, start, count, 0)
-                if ref.dtype != tensor.dtype_out:
-                    self._write(tensor, unit.tensor, values, start, state)
-                    continue
-                # A sum of squares is finite only if every value is; it may overflow by itself.
-                product = float(torch.dot(values, values))
-                if not math.isfinite(product) and not bool(torch.isfinite(values).all()):
-                    raise RangeError(tensor.key)
+                self._write(tensor, unit.tensor, values, start, state)
+                continue
+            if is_float:
+                values, data = self._buffers.read_both(ref, start, count, 0)
+                self._check_finite(tensor, values)
             else:
-                self._buffers.read(ref, start, count, 0)
-            size = count * width
-            data = self._buffers.host_bytes[0][:size]
+                data = self._buffers.read(ref, start, count)
             self._writer.write(data, self._starts[unit.tensor] + start * width)
+
+    @staticmethod
+    def _check_finite(tensor: TensorPlan, values: torch.Tensor) -> None:
+        # A sum of squares is finite only if every value is; it may overflow by itself.
+        product = float(torch.dot(values, values))
+        if not math.isfinite(product) and not bool(torch.isfinite(values).all()):
+            raise RangeError(tensor.key)
 
     def _prefetch(self, tensor: TensorPlan, unit: Unit) -> None:
         refs = [tensor.target]
@@ -183,16 +187,8 @@ class Lane:
         # NaN fails every comparison.
         if not float(torch.dot(values, values)) < limit * limit:
             self._resolve_overflow(tensor, values, start, state)
-        width = DTYPE_BITS[code] // 8
-        size = len(values) * width
-        buffers = self._buffers
-        rounded = buffers.raw[3][:size].view(TORCH_DTYPES[code])
-        rounded.copy_(values)
-        if buffers.is_staged:
-            buffers.host[3][:size].copy_(buffers.raw[3][:size], non_blocking=True)
-            assert self._stream is not None
-            self._stream.synchronize()
-        self._writer.write(buffers.host_bytes[3][:size], self._starts[index] + start * width)
+        data = self._buffers.round(values, code)
+        self._writer.write(data, self._starts[index] + start * DTYPE_BITS[code] // 8)
 
     # Trouble ---------------------------------------------------------------------------------
 

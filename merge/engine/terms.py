@@ -20,6 +20,8 @@ _PRODUCTS = 2
 _BASE_ROWS = -1
 # Elements of an intermediate result that is not in the buffers: 1 MiB in float64.
 _STEP_ELEMENTS = 128 * 1024
+# Elements of a delta that are looked at before all of them are.
+_FIRST = 256
 
 
 class TermAdder:
@@ -47,7 +49,13 @@ class TermAdder:
         return found
 
     def add(
-        self, tensor: TensorPlan, factors: Sequence[Factors], values: torch.Tensor, start: int
+        self,
+        tensor: TensorPlan,
+        factors: Sequence[Factors],
+        values: torch.Tensor,
+        start: int,
+        *,
+        is_changed: bool = False,
     ) -> bool:
         """Add every delta of a row to a block of it, in place.
 
@@ -56,23 +64,25 @@ class TermAdder:
             factors: From `read_factors`.
             values: The block, float32; whole rows where the row is merged by row.
             start: Its first element.
+            is_changed: True when it is known already that a delta is not zero.
 
         Returns:
             True when an element of any delta differs from zero.
         """
         if self._method.combine is not None:
             return self._combine(tensor, factors, values, start)
-        changed = False
+        changed = is_changed
         for term in tensor.deltas:
             view, distilled, base = self._delta(tensor, term, values, start)
             distilled -= base
-            distilled *= term.weight
+            if term.weight != 1.0:
+                distilled *= term.weight
             view += distilled
-            changed = changed or bool(distilled.any())
+            changed = changed or _has_values(distilled)
         if tensor.loras:
             view, delta = self._loras(tensor, factors, values, start)
             view += delta
-            changed = changed or bool(delta.any())
+            changed = changed or _has_values(delta)
         return changed
 
     def baked(self, term: BakeTerm, linear: torch.Tensor) -> torch.Tensor:
@@ -98,6 +108,8 @@ class TermAdder:
         view, start, count = self._covered(tensor, values, start)
         distilled = self._buffers.read_float(term.distilled, start, count, 1)
         base = self._buffers.read_float(term.base, start, count, 2)
+        if view is values:
+            return view, distilled, base
         return view, distilled.view(view.shape), base.view(view.shape)
 
     @staticmethod
@@ -107,7 +119,7 @@ class TermAdder:
         """Return a block's covered part, and where that starts in the delta and its length."""
         row, covered = tensor.row_elements, tensor.delta_row_elements
         if covered == row:
-            return values, start, len(values)
+            return values, start, values.numel()
         # Only the first input channels of each filter receive a delta.
         view = values.view(-1, row)[:, :covered]
         return view, start // row * covered, view.numel()
@@ -228,3 +240,11 @@ class TermAdder:
             **extra,
         )
         return changed
+
+
+def _has_values(delta: torch.Tensor) -> bool:
+    """Return True when an element is not zero.
+
+    Looking at all of them costs more than the sum itself, and the first ones nearly always tell.
+    """
+    return bool(delta[:1].reshape(-1)[:_FIRST].any()) or bool(delta.any())

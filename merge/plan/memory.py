@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from merge.header import DTYPE_BITS
 from merge.plan.model import TensorPlan
 
 MIB = 1024 * 1024
@@ -18,7 +17,7 @@ LORA_BLOCK_ELEMENTS = 512 * 1024
 # On a GPU a block has to be worth a kernel launch and a transfer.
 CUDA_BLOCK_ELEMENTS = 2 * MIB
 # One unit of work: long enough for the disk to stream, short enough to share out evenly.
-UNIT_ELEMENTS = 2 * MIB
+UNIT_ELEMENTS = 4 * MIB
 # Interpreter, torch and this package, measured with torch 2.13 for the CPU.
 IMPORT_BYTES = 260 * MIB
 # Hashing buffers, the plan itself and the allocator's slack.
@@ -51,12 +50,10 @@ def block_elements(tensors: Sequence[TensorPlan], plain_block: int) -> int:
 
 
 def worker_bytes(tensors: Sequence[TensorPlan], plain_block: int) -> int:
-    """Return the memory of one worker's buffers: inputs, scratch, output and what grows."""
+    """Return the memory of one worker's buffers on the CPU: staging, scratch and what grows."""
     block = block_elements(tensors, plain_block)
-    widest = max((DTYPE_BITS[tensor.target.dtype] // 8 for tensor in tensors), default=4)
-    inputs_and_output = 4 * block * max(widest, 4)
-    scratch = 3 * block * 4
-    return inputs_and_output + scratch + max((_grown(t, block) for t in tensors), default=0)
+    staging, scratch = 4 * block, 3 * 4 * block
+    return staging + scratch + max((_grown(t, block) for t in tensors), default=0)
 
 
 def _grown(tensor: TensorPlan, block: int) -> int:

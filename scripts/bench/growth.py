@@ -1,0 +1,178 @@
+"""How a merge's cost grows: with the models' size, with the number of tensors, of LoRAs.
+
+    python scripts/bench/growth.py                    # writes results/growth.json
+    python scripts/bench/plot.py                      # draws it
+
+Each point is a process of its own: it plans from headers, then merges without hashes, with inputs
+in the page cache where they fit and the output on tmpfs. The smallest of three runs counts, since
+all that can disturb makes it slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Python puts this script's folder first, where `merge` would be another script.
+sys.path[0] = str(ROOT)
+
+import numpy as np  # noqa: E402
+
+from merge.header import encode_header  # noqa: E402
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RESULTS = ROOT / "scripts" / "bench" / "results" / "growth.json"
+SIZES_GB = (0.1, 0.3, 1.0, 2.0, 4.0)
+TENSORS = (10, 100, 1000, 5000, 20_000)
+LORAS = (1, 2, 4, 8)
+COLUMNS = 1024
+RANK = 32
+
+
+def main() -> None:
+    options = parse_options()
+    if options.child is not None:
+        print(json.dumps(run_point(options.child, options.threads)))
+        return
+    points: dict[str, list[dict[str, Any]]] = {"size": [], "tensors": [], "loras": []}
+    for size in SIZES_GB:
+        points["size"].append(measure(options, {"gigabytes": size, "tensors": 200}))
+    for count in TENSORS:
+        points["tensors"].append(measure(options, {"gigabytes": 0.2, "tensors": count}))
+    for count in LORAS:
+        points["loras"].append(measure(options, {"gigabytes": 0.5, "tensors": 200, "loras": count}))
+    tree = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": options.threads},
+        "points": points,
+    }
+    RESULTS.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
+def measure(options: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any]:
+    """Make the models of a point, merge them some times, and remove them."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=ROOT / "outputs") as name:
+        folder = Path(name)
+        write_models(folder, **point)
+        scratch = Path(tempfile.mkdtemp(dir=shm if shm.is_dir() else None))
+        try:
+            recipe(folder, scratch, point.get("loras", 0))
+            words = [sys.executable, __file__, "--threads", str(options.threads)]
+            rows = [
+                json.loads(subprocess.check_output([*words, "--child", str(scratch)]))
+                for _ in range(options.runs)
+            ]
+        finally:
+            shutil.rmtree(scratch)
+    best = {name: min(row[name] for row in rows) for name in rows[0]}
+    print(point, {name: round(value, 3) for name, value in best.items()}, file=sys.stderr)
+    return point | best
+
+
+def recipe(folder: Path, scratch: Path, loras: int) -> None:
+    models: dict[str, Any] = {"target": str(folder / "target")}
+    if loras:
+        models["distilled"] = [{"path": str(folder / f"lora{i}.safetensors")} for i in range(loras)]
+    else:
+        models |= {"base": str(folder / "base"), "distilled": str(folder / "distilled")}
+    (scratch / "recipe.yaml").write_text(json.dumps({"name": "growth", "models": models}))
+
+
+def write_models(folder: Path, gigabytes: float, tensors: int, loras: int = 0) -> None:
+    """Write models of `(rows, 1024)` float16 weights; the base is the target by another name."""
+    rows = max(1, int(gigabytes * 1e9 / 2 / COLUMNS / tensors))
+    shapes = {f"mid_block.part{index}.weight": (rows, COLUMNS) for index in range(tensors)}
+    rng = np.random.default_rng(0)
+    write_file(folder / "target" / WEIGHTS, shapes, rng)
+    config = {"_class_name": "UNet2DConditionModel", "in_channels": 8}
+    (folder / "target" / "config.json").write_text(json.dumps(config))
+    if not loras:
+        write_file(folder / "distilled" / WEIGHTS, shapes, rng)
+        (folder / "base").symlink_to(folder / "target")
+    for index in range(loras):
+        factors: dict[str, tuple[int, ...]] = {}
+        for key, (out, inner) in shapes.items():
+            stem = f"unet.{key.removesuffix('.weight')}"
+            factors[f"{stem}.lora_A.weight"] = (RANK, inner)
+            factors[f"{stem}.lora_B.weight"] = (out, RANK)
+        write_file(folder / f"lora{index}.safetensors", factors, rng)
+
+
+def write_file(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header, parsed = encode_header({key: ("F16", shape) for key, shape in shapes.items()}, {})
+    block = (rng.standard_normal(4 * 2**20) * 0.02).astype(np.float16).tobytes()
+    with path.open("wb") as file:
+        file.write(header)
+        left = parsed.file_bytes - len(header)
+        while left:
+            left -= file.write(block[: min(left, len(block))])
+
+
+def run_point(scratch: Path, threads: int) -> dict[str, float]:
+    """Plan and merge once; return seconds and memory."""
+    import resource
+
+    import torch
+
+    from merge import build_plan, load_recipe, resolve_sources
+    from merge.engine import execute_plan
+    from merge.writer import TensorFileWriter
+
+    started = time.perf_counter()
+    loaded = load_recipe(scratch / "recipe.yaml")
+    plan = build_plan(loaded, resolve_sources(loaded))
+    planned = time.perf_counter()
+    (unet,) = plan.components
+    out = scratch / "out.safetensors"
+    before = time.process_time()
+    with TensorFileWriter(out, unet.out_header.file_bytes) as writer:
+        execute_plan(
+            plan,
+            unet,
+            loaded,
+            writer,
+            device=torch.device("cpu"),
+            threads=threads,
+            on_frontier=lambda position, states: None,
+        )
+        writer.finish(unet.header_bytes("0" * 64))
+    merged = time.perf_counter()
+    out.unlink()
+    return {
+        "plan_s": planned - started,
+        "merge_s": merged - planned,
+        "merge_cpu_s": time.process_time() - before,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    }
+
+
+if __name__ == "__main__":
+    main()
