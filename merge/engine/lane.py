@@ -17,7 +17,7 @@ from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
 from merge.header import DTYPE_BITS, DTYPE_WORDS
-from merge.plan.memory import block_elements
+from merge.plan.memory import PRODUCT_ELEMENTS, block_elements
 from merge.plan.model import ComponentPlan, MergePlan, TensorPlan, TensorRef
 from merge.reader import FileReader
 from merge.writer import TensorFileWriter
@@ -95,12 +95,7 @@ class Lane:
         if tensor.is_whole:
             yield from self._merged_whole(tensor, factors, unit, state)
             return
-        step = self._plain_block
-        if tensor.is_by_row:
-            row = tensor.row_elements
-            step = max(1, self._buffers.block // row) * row
-        for start in range(unit.start, unit.start + unit.count, step):
-            count = min(step, unit.start + unit.count - start)
+        for start, count in self._blocks(tensor, factors, unit):
             values = self._buffers.read_float(tensor.target, start, count, 0)
             if self._adder.add(tensor, factors, values, start, is_changed=state.changed):
                 state.changed = True
@@ -108,6 +103,24 @@ class Lane:
                 values += baked[start : start + count]
                 state.changed = state.changed or bool(baked.any())
             yield start, values
+
+    def _blocks(
+        self, tensor: TensorPlan, factors: Sequence[Factors], unit: Unit
+    ) -> Iterator[tuple[int, int]]:
+        """Yield first element and length of each block of a unit."""
+        outer = step = self._plain_block
+        if tensor.is_by_row:
+            row = tensor.row_elements
+            outer = step = max(1, self._plain_block // row) * row
+            if tensor.loras:
+                # A product of many rows is faster than several of few; what follows is not.
+                outer = max(step, PRODUCT_ELEMENTS // row * row)
+        end = unit.start + unit.count
+        for begin in range(unit.start, end, outer):
+            stop = min(begin + outer, end)
+            self._adder.prepare(tensor, factors, begin, stop - begin)
+            for start in range(begin, stop, step):
+                yield start, min(step, stop - start)
 
     def _merged_whole(
         self, tensor: TensorPlan, factors: Sequence[Factors], unit: Unit, state: TensorState

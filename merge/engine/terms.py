@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,6 +21,8 @@ _PRODUCTS = 2
 _BASE_ROWS = -1
 # Elements of an intermediate result that is not in the buffers: 1 MiB in float64.
 _STEP_ELEMENTS = 128 * 1024
+# Scales of up to 2^64 keep every factor and product within float64.
+_SHIFT = 64
 # Elements of a delta that are looked at before all of them are.
 _FIRST = 256
 
@@ -31,6 +34,8 @@ class TermAdder:
         self._buffers = buffers
         self._method = METHODS[method]
         self._params = params
+        self._prepared = torch.empty(0)
+        self._first_row = 0
 
     def read_factors(self, tensor: TensorPlan) -> list[Factors]:
         """Read the factors of every adapter of a row; they stay until the next call."""
@@ -45,6 +50,8 @@ class TermAdder:
                 values = self._buffers.read_grown(ref, 0, ref.element_count, slot, torch.float64)
                 factors[role] = values.view(ref.shape)
                 slot += 1
+            if self._is_folded(term):
+                factors["up"] *= term.scale
             found.append(factors)
         return found
 
@@ -57,7 +64,7 @@ class TermAdder:
         *,
         is_changed: bool = False,
     ) -> bool:
-        """Add every delta of a row to a block of it, in place.
+        """Add every delta of a row to a block of it, in place; after `prepare`.
 
         Args:
             tensor: The row.
@@ -80,7 +87,7 @@ class TermAdder:
             view += distilled
             changed = changed or _has_values(distilled)
         if tensor.loras:
-            view, delta = self._loras(tensor, factors, values, start)
+            view, delta = self._loras(tensor, values, start)
             view += delta
             changed = changed or _has_values(delta)
         return changed
@@ -124,12 +131,21 @@ class TermAdder:
         view = values.view(-1, row)[:, :covered]
         return view, start // row * covered, view.numel()
 
-    def _loras(
-        self, tensor: TensorPlan, factors: Sequence[Factors], values: torch.Tensor, start: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the part of a block that adapters cover, and their sum rounded to float32."""
+    def prepare(
+        self, tensor: TensorPlan, factors: Sequence[Factors], start: int, count: int
+    ) -> None:
+        """Multiply the factors of a row's adapters, for the blocks of a range of it.
+
+        Args:
+            tensor: The row.
+            factors: From `read_factors`.
+            start: First element of the range, the begin of a row.
+            count: Elements, whole rows.
+        """
+        if not tensor.loras or self._method.combine is not None:
+            return
         first = start // tensor.row_elements
-        rows = len(values) // tensor.row_elements
+        rows = count // tensor.row_elements
         covered = tensor.delta_row_elements
         total = self._buffers.grown(torch.float64, 0, rows * covered).view(rows, covered)
         for index, (term, parts) in enumerate(zip(tensor.loras, factors, strict=True)):
@@ -137,9 +153,37 @@ class TermAdder:
             if index:
                 product = self._buffers.grown(torch.float64, 1, rows * covered)
                 product = product.view(rows, covered)
-            self._product(term, parts, first, product, term.scale, term.weight)
+            # The scale of a lone adapter is left to the blocks, which stay in the cache.
+            scale = 1.0 if self._is_lone(tensor) or self._is_folded(term) else term.scale
+            self._product(term, parts, first, product, scale, term.weight)
             if index:
                 total += product
+        self._prepared, self._first_row = total, first
+
+    def _is_folded(self, term: LoraTerm) -> bool:
+        """Return True when the scale is put into a factor, where there are fewer elements.
+
+        A power of two changes exponents alone, so the product has the same bits.
+        """
+        mantissa, exponent = math.frexp(term.scale)
+        is_plain = self._method.combine is None and term.form == "lora" and term.base is None
+        return is_plain and mantissa == 0.5 and abs(exponent) <= _SHIFT
+
+    @staticmethod
+    def _is_lone(tensor: TensorPlan) -> bool:
+        return len(tensor.loras) == 1 and tensor.loras[0].base is None
+
+    def _loras(
+        self, tensor: TensorPlan, values: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the part of a block that adapters cover, and their sum rounded to float32."""
+        first = start // tensor.row_elements - self._first_row
+        rows = values.numel() // tensor.row_elements
+        total = self._prepared[first : first + rows]
+        if self._is_lone(tensor) and not self._is_folded(tensor.loras[0]):
+            scaled = self._buffers.grown(torch.float64, 1, total.numel()).view(total.shape)
+            total = torch.mul(total, tensor.loras[0].scale, out=scaled)
+        covered = tensor.delta_row_elements
         delta = self._buffers.scratch(1, rows * covered).view(rows, covered)
         delta.copy_(total)
         return values.view(rows, -1)[:, :covered], delta
@@ -176,7 +220,8 @@ class TermAdder:
             for begin, end in row_steps(term.form, factors, first, first + rows, most):
                 out[begin - first : end - first] = delta_rows(term.form, factors, begin, end)
         if term.base is None:
-            out *= scale
+            if scale != 1.0:
+                out *= scale
             return
         out *= term.strength
         count = rows * term.columns

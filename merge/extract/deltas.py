@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from merge.engine.buffers import Buffers
+from merge.engine.buffers import make_buffers
 from merge.engine.terms import TermAdder
 from merge.plan import MergePlan, TensorPlan
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS, block_elements
@@ -22,7 +22,8 @@ class DeltaReader:
         is_cuda = device.type == "cuda"
         self._plain_block = CUDA_BLOCK_ELEMENTS if is_cuda else CPU_BLOCK_ELEMENTS
         tensors = [tensor for tensor in plan.tensors if tensor.is_merged]
-        self._buffers = Buffers(readers, device, block_elements(tensors, self._plain_block))
+        block = block_elements(tensors, self._plain_block)
+        self._buffers = make_buffers(readers, device, block)
         self._adder = TermAdder(self._buffers, plan.method, plan.params)
 
     def read(self, tensor: TensorPlan) -> torch.Tensor:
@@ -36,5 +37,7 @@ class DeltaReader:
             row = tensor.row_elements
             step = max(1, self._buffers.block // row) * row
         for start in range(0, len(flat), step):
-            self._adder.add(tensor, factors, flat[start : start + step], start)
+            part = flat[start : start + step]
+            self._adder.prepare(tensor, factors, start, len(part))
+            self._adder.add(tensor, factors, part, start)
         return values
