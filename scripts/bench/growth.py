@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from merge.header import encode_header  # noqa: E402
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RESULTS = ROOT / "scripts" / "bench" / "results" / "growth.json"
-SIZES_GB = (0.1, 0.3, 1.0, 2.0, 4.0)
+SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0)
 TENSORS = (10, 100, 1000, 5000, 20_000)
 LORAS = (1, 2, 4, 8)
 COLUMNS = 1024
@@ -106,16 +107,17 @@ def recipe(folder: Path, scratch: Path, loras: int) -> None:
 
 
 def write_models(folder: Path, gigabytes: float, tensors: int, loras: int = 0) -> None:
-    """Write models of `(rows, 1024)` float16 weights; the base is the target by another name."""
+    """Write models of `(rows, 1024)` float16 weights, and a first layer."""
     rows = max(1, int(gigabytes * 1e9 / 2 / COLUMNS / tensors))
     shapes = {f"mid_block.part{index}.weight": (rows, COLUMNS) for index in range(tensors)}
     rng = np.random.default_rng(0)
-    write_file(folder / "target" / WEIGHTS, shapes, rng)
+    first = {"conv_in.weight": (8, 4, 3, 3)}
+    write_file(folder / "target" / WEIGHTS, {**shapes, "conv_in.weight": (8, 8, 3, 3)}, rng)
     config = {"_class_name": "UNet2DConditionModel", "in_channels": 8}
     (folder / "target" / "config.json").write_text(json.dumps(config))
     if not loras:
-        write_file(folder / "distilled" / WEIGHTS, shapes, rng)
-        (folder / "base").symlink_to(folder / "target")
+        write_file(folder / "distilled" / WEIGHTS, {**shapes, **first}, rng)
+        write_file(folder / "base" / WEIGHTS, {**shapes, **first}, rng)
     for index in range(loras):
         factors: dict[str, tuple[int, ...]] = {}
         for key, (out, inner) in shapes.items():
@@ -125,7 +127,7 @@ def write_models(folder: Path, gigabytes: float, tensors: int, loras: int = 0) -
         write_file(folder / f"lora{index}.safetensors", factors, rng)
 
 
-def write_file(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
+def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     header, parsed = encode_header({key: ("F16", shape) for key, shape in shapes.items()}, {})
     block = (rng.standard_normal(4 * 2**20) * 0.02).astype(np.float16).tobytes()

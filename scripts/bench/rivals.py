@@ -2,9 +2,9 @@
 
     python scripts/bench/rivals.py --setup            # outputs/bench/envs/{mergekit,sd-mecha}
 
-`merge.py --rivals` runs them beside ours. They are given what they are fastest with: mergekit
-computes and saves in float16, sd-mecha computes in float32 on a target whose first layer is cut to
-four channels, since it raises on a real one.
+`merge.py --rivals` runs them beside ours. They are given what they can do: a target whose first
+layer is cut to four channels, since both refuse a real InstructPix2Pix target. mergekit computes
+and saves in float16, where it is fastest, sd-mecha computes in float32 and saves float16.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def command(name: str, models: Path, scratch: Path, threads: int) -> list[str]:
     environment = ENVIRONMENTS / name / "bin"
     if name == "mergekit":
         job = scratch / "job.yml"
-        # The target as base: T + (D - T) - (B - T), so that its first layer stays.
+        # The target as base: T + (D - T) - (B - T).
         tree = {
             "merge_method": "task_arithmetic",
-            "base_model": str(models / "target" / WEIGHTS),
+            "base_model": str(narrow_target(models)),
             "models": [
                 {"model": str(models / role / WEIGHTS), "parameters": {"weight": weight}}
                 for role, weight in (("distilled", 1.0), ("base", -1.0))

@@ -146,7 +146,8 @@ def run_fuse(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     folder = options.models / "target"
     unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
-    unet.load_lora_adapter(_peft_names(load_file(options.models / "lora.safetensors"), unet))
+    names = _peft_names(load_file(options.models / "lora.safetensors"), unet)
+    unet.load_lora_adapter(names, prefix=None)
     unet.fuse_lora()
     unet.unload_lora()
     unet.save_pretrained(options.scratch / "fuse")
