@@ -56,9 +56,11 @@ quality: $(VENV)/.setup-dev  ## Check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# A process per core; torch's own threads would compete with them.
+# A process per core and one more, since tests wait for their children and for a Hub on loopback;
+# torch's own threads would compete with them.
 test: $(VENV)/.setup-dev  ## Everything that needs no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --dist loadfile \
+		-n $$($(PY) -c 'import os; print(1 + (os.cpu_count() or 1))')
 
 test-slow: $(VENV)/.setup-dev  ## The full-size tests, minutes and gigabytes
 	$(BIN)/pytest -m slow

@@ -128,7 +128,14 @@ def test_every_recipe_of_the_hub_is_tried() -> None:
     assert on_hub == NEEDED.keys()
 
 
-@pytest.mark.parametrize("name", NEEDED)
+# Layouts and forms that no other recipe has; the rest is of the slow run.
+USUAL = ("sd15-lcm-lora", "magicbrush-lcm-lora", "sdxl-turbo", "sdxl-lcm", "sdxl-dmd2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in NEEDED],
+)
 def test_a_bundled_recipe_runs_from_its_name_alone(
     hub: HubServer, tmp_path: Path, name: str
 ) -> None:

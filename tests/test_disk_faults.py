@@ -181,7 +181,9 @@ def test_short_writes_are_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPa
     expected = contents(place / "out")
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:333], at))
-    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: preadv(fd, [parts[0][:777]], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, parts, at, *flags: preadv(fd, [parts[0][:777]], at, *flags)
+    )
     run(place)
     found = contents(place / "out")
     assert found.keys() == expected.keys()

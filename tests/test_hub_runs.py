@@ -123,7 +123,8 @@ print(snapshot_download(sys.argv[1], local_dir=sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("mode", ["lfs", "xet"])
+# What an upload by Xet does differently, the tests of publication try by default.
+@pytest.mark.parametrize("mode", ["lfs", pytest.param("xet", marks=pytest.mark.slow)])
 def test_a_recipe_becomes_a_published_model_that_others_rebuild(
     hub: HubServer, recipe: Path, tmp_path: Path, mode: str
 ) -> None:
