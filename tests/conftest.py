@@ -12,6 +12,16 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the mini UNets and a recipe over them."""
+    from tests.mini import write_models, write_recipe
+
+    write_models(tmp_path)
+    write_recipe(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with target, base, distilled and two LoRAs of Stable Diffusion 1.5's structure."""

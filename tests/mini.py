@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,15 @@ def plan_of(folder: Path, *overrides: str) -> MergePlan:
 def read_output(folder: Path) -> dict[str, torch.Tensor]:
     """Load the merged UNet with the reference library."""
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def contents(folder: Path, but: Sequence[str] = ("run.json",)) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder, without those that tell of a single run."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in but
+    }
 
 
 def numpy_float32(tensor: torch.Tensor) -> np.ndarray:

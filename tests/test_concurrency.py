@@ -15,30 +15,15 @@ import pytest
 from merge import load_recipe, run_recipe
 from merge.errors import CheckpointError, IntegrityError, OutputError
 from merge.reader import FileReader
-from tests.mini import random_tensors, write_models, write_recipe, write_unet
+from tests.mini import contents, random_tensors, write_unet
 from tests.together import exit_codes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_models(tmp_path)
-    write_recipe(tmp_path)
-    return tmp_path
-
-
 def run(place: Path, *overrides: str, **options: Any) -> Path:
     recipe = load_recipe(place / "mini.yaml", overrides)
     return run_recipe(recipe, place / "out", verify=False, **options).folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json"
-    }
 
 
 def test_of_two_runs_to_one_folder_one_wins_and_one_is_refused(place: Path) -> None:

@@ -20,7 +20,7 @@ from merge.engine import device_errors
 from merge.engine.execute import execute_plan
 from merge.engine.lane import Lane
 from merge.errors import DeviceError, DeviceMemoryError
-from tests.mini import random_tensors, write_models, write_recipe, write_unet
+from tests.mini import contents, random_tensors, write_models, write_recipe, write_unet
 
 CUDA = torch.device("cuda", 0)
 REFUSALS = [
@@ -55,11 +55,7 @@ def warnings() -> Iterator[list[str]]:
 def run(place: Path, out: str, device: str) -> dict[str, bytes]:
     recipe = load_recipe(place / "mini.yaml")
     folder = run_recipe(recipe, place / out, device=device, threads=2, verify=False).folder
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json"
-    }
+    return contents(folder)
 
 
 class FakeGpu:

@@ -17,18 +17,11 @@ import merge.writer.folder as folder_module
 from merge import load_recipe, run_recipe
 from merge.errors import CheckpointError, NoSpaceError, OutputError
 from merge.reader import read_header
-from tests.mini import write_models, write_recipe
+from tests.mini import contents
 
 CALLS = ("pwrite", "write", "fsync", "ftruncate", "mkdir", "rename", "open")
 KILL = -1
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_models(tmp_path)
-    write_recipe(tmp_path)
-    return tmp_path
 
 
 def run(place: Path, *overrides: str) -> None:
@@ -42,14 +35,6 @@ def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "rename":
         monkeypatch.setattr(folder_module, "exchange", lambda *_: False)
     return str(request.param)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 class Faults:
@@ -111,12 +96,12 @@ def test_every_failing_call_is_told_and_leaves_the_old_output(
     place: Path, swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(place, "weight=0.5")
-    before = contents(place)
+    before = contents(place, but=())
     faults = Faults(place, monkeypatch)
     run(place, "weight=0.5")
     calls = list(faults.seen)
     assert {"pwrite", "fsync", "ftruncate", "mkdir", swap, "open"} <= set(calls)
-    same = contents(place)
+    same = contents(place, but=())
     assert {k: v for k, v in same.items() if not k.endswith("run.json")} == {
         k: v for k, v in before.items() if not k.endswith("run.json")
     }
@@ -130,18 +115,18 @@ def test_every_failing_call_is_told_and_leaves_the_old_output(
         assert caught.value.hint
         assert os.strerror(number) in caught.value.message, (index, name)
         # Removing what was written may fail too, but nothing of it has the output's name.
-        assert contents(place) == same, (index, name)
+        assert contents(place, but=()) == same, (index, name)
 
 
 def test_a_kill_at_every_call_leaves_the_old_output_or_the_new(
     place: Path, swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(place, "weight=0.5")
-    old = without_run(place / "out")
+    old = contents(place / "out")
     faults = Faults(place, monkeypatch)
     run(place)
     calls = list(faults.seen)
-    new = without_run(place / "out")
+    new = contents(place / "out")
     context = multiprocessing.get_context("fork")
     seen = set()
     for index, name in enumerate(calls):
@@ -154,10 +139,10 @@ def test_a_kill_at_every_call_leaves_the_old_output_or_the_new(
         child.join()
         faults.fail(10_000, KILL)
         assert child.exitcode == -signal.SIGKILL, (index, name)
-        found = without_run(place / "out") if (place / "out").exists() else None
+        found = contents(place / "out") if (place / "out").exists() else None
         if swap == "rename" and found is None:
             # Between the two renames there is none; the old one is beside it then.
-            assert [without_run(path) for path in place.glob("out.old-*")] == [old], (index, name)
+            assert [contents(path) for path in place.glob("out.old-*")] == [old], (index, name)
         else:
             assert found in (old, new), (index, name)
         seen.add("new" if found == new else "old" if found else "none")
@@ -168,24 +153,20 @@ def test_a_kill_at_every_call_leaves_the_old_output_or_the_new(
                 continue
             assert path.read_bytes() == new[f"unet/{path.name}"], (index, name)
         run(place)
-        assert without_run(place / "out") == new
+        assert contents(place / "out") == new
     assert seen >= {"old", "new"}
-
-
-def without_run(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if name != "run.json"}
 
 
 def test_short_writes_are_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place)
-    expected = contents(place / "out")
+    expected = contents(place / "out", but=())
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:333], at))
     monkeypatch.setattr(
         os, "preadv", lambda fd, parts, at, *flags: preadv(fd, [parts[0][:777]], at, *flags)
     )
     run(place)
-    found = contents(place / "out")
+    found = contents(place / "out", but=())
     assert found.keys() == expected.keys()
     for name, data in found.items():
         assert name == "run.json" or data == expected[name], name

@@ -17,29 +17,14 @@ from merge import load_recipe, run_recipe
 from merge.errors import MergeError, OutputError
 from merge.writer import OutputFolder
 from tests.isolation import run_isolated
-from tests.mini import random_tensors, write_models, write_recipe, write_unet
+from tests.mini import contents, random_tensors, write_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_models(tmp_path)
-    write_recipe(tmp_path)
-    return tmp_path
 
 
 def run(place: Path, out: Path, *overrides: str, **options: Any) -> Path:
     recipe = load_recipe(place / "mini.yaml", overrides)
     return run_recipe(recipe, out, verify=False, threads=1, **options).folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json"
-    }
 
 
 def names(folder: Path) -> list[str]:

@@ -26,6 +26,7 @@ from merge.provenance import build_provenance
 from merge.publication import prepare
 from merge.publication.parents import decide
 from tests.hub import Fault, HubServer
+from tests.mini import contents
 from tests.test_run import write_tiny_recipe
 
 TOKEN = "hf_" + "Canary" * 5 + "9012"
@@ -322,14 +323,6 @@ def test_a_card_of_ones_own_keeps_its_text(export: Path) -> None:
     assert (bare.text.strip(), bare.data.license) == ("# No front matter", "mit")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def command(
     *words: object, env: dict[str, str] | None = None, token: str = TOKEN
 ) -> subprocess.CompletedProcess[str]:
@@ -346,7 +339,7 @@ def command(
 
 
 def test_a_dry_run_lists_every_file_and_the_card_and_writes_nothing(export: Path) -> None:
-    before = contents(export)
+    before = contents(export, but=())
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     words = (export, "--repo-id", "me/fast", "--license", LICENSE)
     child = command(*words, "--dry-run", env=offline)
@@ -363,7 +356,7 @@ def test_a_dry_run_lists_every_file_and_the_card_and_writes_nothing(export: Path
     assert (tree["files"], tree["card"]) == (prepared.sizes, prepared.card)
     refused = command(*words, env=offline)
     assert (refused.returncode, "HF_HUB_OFFLINE forbids" in refused.stderr) == (10, True)
-    assert contents(export) == before
+    assert contents(export, but=()) == before
 
 
 # The upload ------------------------------------------------------------------------------------
@@ -394,7 +387,7 @@ def test_an_upload_arrives_whole_and_private(hub: HubServer, export: Path, xet: 
     assert child.returncode == 0, child.stderr
     commit = hub.commit("me/fast")
     assert child.stdout == f"{hub.url}/me/fast/commit/{commit}\n"
-    assert hub.read("me/fast") == contents(export) | {
+    assert hub.read("me/fast") == contents(export, but=()) | {
         name: data for name, data in hub.read("me/fast").items() if name == ".gitattributes"
     }
     repository = hub.repositories.get("me/fast")

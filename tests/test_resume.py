@@ -30,7 +30,7 @@ from merge.errors import (
 )
 from merge.reader import read_header
 from merge.writer.journal import JOURNAL_NAME, Checkpoint, Journal
-from tests.mini import random_tensors, write_models, write_recipe, write_unet
+from tests.mini import contents, random_tensors, write_models, write_recipe, write_unet
 from tests.together import exit_codes
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -61,14 +61,6 @@ def run(place: Path, *overrides: str, **options: Any) -> Path:
     recipe = load_recipe(place / "mini.yaml", overrides)
     options = {"threads": 2, "verify": False, **options}
     return run_recipe(recipe, place / "out", **options).folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
-    }
 
 
 def whole(place: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from merge.errors import MergeError, OutputError, OutputExistsError, ResumeError
 from merge.reader import FileReader
 from merge.writer.exchange import exchange
 from merge.writer.journal import JOURNAL_NAME, overtaken
+from merge.writer.overlap import identity
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_all, write_error
 
@@ -129,8 +130,7 @@ class OutputFolder(PartialOutput):
     def _begin(self) -> None:
         if not self.is_resumed:
             self.partial.mkdir()
-        status = self.partial.stat()
-        self._identity = status.st_dev, status.st_ino
+        self._identity = identity(self.partial)
 
     def _is_kept(self, error: BaseException | None) -> bool:
         # A signal, and not a failure that would come again.
@@ -158,13 +158,7 @@ class OutputFolder(PartialOutput):
     @property
     def is_overtaken(self) -> bool:
         """Return True when another run goes on with what was begun here."""
-        if self._identity is None:
-            return False
-        try:
-            status = self.partial.stat()
-        except OSError:
-            return True
-        return (status.st_dev, status.st_ino) != self._identity
+        return self._identity is not None and identity(self.partial) != self._identity
 
     @contextmanager
     def told_of_others(self) -> Iterator[None]:

@@ -22,13 +22,13 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
         OutputError: it does.
     """
     resolved = out.resolve()
+    found = identity(resolved)
     above_out = _identities([resolved, *resolved.parents])
     for path in inputs:
         named, other = path.absolute(), path.resolve()
         above = {named, other, *named.parents, *other.parents}
-        identity = _identity(resolved)
-        is_over = resolved in above or (identity is not None and identity in _identities(above))
-        if is_over or other in resolved.parents or _identity(other) in above_out:
+        is_over = resolved in above or (found is not None and found in _identities(above))
+        if is_over or other in resolved.parents or identity(other) in above_out:
             raise OutputError(
                 f"the output {out} is, holds or lies in the input {path}",
                 hint="choose another place for the output; inputs are never written to",
@@ -36,11 +36,11 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def _identities(paths: Iterable[Path]) -> set[tuple[int, int]]:
-    return {found for found in map(_identity, paths) if found is not None}
+    return {found for found in map(identity, paths) if found is not None}
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return device and inode; None where nothing is."""
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode, which stay whatever the name; None where nothing is."""
     try:
         status = path.stat()
     except OSError:
