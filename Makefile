@@ -20,11 +20,14 @@ $(VENV)/.torch: | $(PY)
 		|| $(PY) -m pip install --quiet $(TORCH)
 	@touch $@
 
-$(VENV)/.setup: pyproject.toml $(VENV)/.torch
+# Installing compiles FUSED where there is a C compiler.
+FUSED := merge/engine/fused.c
+
+$(VENV)/.setup: pyproject.toml $(FUSED) $(VENV)/.torch
 	$(PY) -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.setup-dev: pyproject.toml $(VENV)/.torch
+$(VENV)/.setup-dev: pyproject.toml $(FUSED) $(VENV)/.torch
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.setup
 

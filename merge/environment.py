@@ -22,6 +22,8 @@ _PACKAGES = (
 )
 _PROBE = """
 import torch
+from merge.engine.fused import load_library
+print("torch alone" if load_library() is None else "one pass, compiled")
 if torch.cuda.is_available():
     count = torch.cuda.device_count()
     print(", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)))
@@ -52,22 +54,24 @@ def describe_environment() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    facts["devices"] = _probe_devices()
+    facts["merges on the CPU"], facts["devices"] = _probe_torch()
     facts["hub cache"] = constants.HF_HUB_CACHE
     facts["hub endpoint"] = constants.ENDPOINT
     facts["hub offline"] = str(bool(constants.HF_HUB_OFFLINE)).lower()
     return facts
 
 
-def _probe_devices() -> str:
+def _probe_torch() -> tuple[str, str]:
+    """Return how sums are made, and the devices."""
     # A driver that hangs must not hang a bug report.
     try:
         child = subprocess.run(
             [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60
         )
     except subprocess.TimeoutExpired:
-        return "torch did not answer within 60 s"
+        return "unknown", "torch did not answer within 60 s"
     if child.returncode:
         lines = child.stderr.strip().splitlines()
-        return f"torch does not load: {lines[-1] if lines else child.returncode}"
-    return child.stdout.strip()
+        return "unknown", f"torch does not load: {lines[-1] if lines else child.returncode}"
+    sums, _, devices = child.stdout.strip().partition("\n")
+    return sums, devices

@@ -20,6 +20,7 @@ from merge import MergeError, load_recipe, run_recipe
 from merge.engine import buffers, execute, lane
 from merge.engine.buffers import StagedBuffers
 from merge.errors import EngineError, IntegrityError, NonFiniteError
+from merge.plan.memory import CPU_BLOCK_ELEMENTS
 from tests.mini import (
     bits,
     numpy_float32,
@@ -73,7 +74,7 @@ def test_every_dtype_pairing_equals_numpy_bit_for_bit(
     tmp_path: Path, target: torch.dtype, distilled: torch.dtype, base: torch.dtype
 ) -> None:
     # More than one block and a ragged end, so that block borders are covered.
-    count = 128 * 1024 + 77
+    count = CPU_BLOCK_ELEMENTS + 77
     dtypes = {"target": target, "distilled": distilled, "base": base}
     models = {}
     for seed, (role, dtype) in enumerate(dtypes.items()):
@@ -539,6 +540,7 @@ def test_transfers_through_device_buffers_give_the_same_bytes(
         HostBuffers.transfers = 0
         with monkeypatch.context() as patch:
             patch.setattr(lane, "make_buffers", HostBuffers)
+            patch.setattr(lane, "load_library", lambda: None)
             through = merge(tmp_path)
         assert HostBuffers.transfers > 10
         for key, tensor in plain.items():

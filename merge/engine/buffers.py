@@ -36,6 +36,7 @@ class Buffers:
     Attributes:
         block: Elements that a slot holds at most; four bytes each.
         device: Where it computes.
+        staging_address: Of the staging buffer.
     """
 
     def __init__(self, readers: Sequence[FileReader], device: torch.device, block: int) -> None:
@@ -45,7 +46,9 @@ class Buffers:
         # Four bytes an element hold every dtype that is computed with; wider ones are only copied.
         self._staging = torch.empty(block * 4, dtype=torch.uint8)
         self._staging_bytes = memoryview(self._staging.numpy().data)
+        self.staging_address = self._staging.data_ptr()
         self._scratch = [torch.empty(block, device=device) for _ in range(_SCRATCH)]
+        self._scratch_bytes: dict[int, memoryview] = {}
         self._grown: dict[tuple[torch.dtype, int], torch.Tensor] = {}
         # Making a view takes as long as adding some thousand elements.
         self._views: dict[tuple[int | str, int], torch.Tensor] = {}
@@ -88,6 +91,23 @@ class Buffers:
         self._readers[ref.file].read_into(data, ref.start + start * width)
         return data
 
+    def read_stored(self, ref: TensorRef, start: int, count: int, slot: int) -> int:
+        """Read elements of an input as they are stored into a slot's memory; return its address.
+
+        On the CPU alone.
+        """
+        values = self._scratch[slot]
+        bytes_ = self._scratch_bytes.get(slot)
+        if bytes_ is None:
+            bytes_ = self._scratch_bytes[slot] = _bytes_of(values)
+        width = DTYPE_BITS[ref.dtype] // 8
+        self._readers[ref.file].read_into(bytes_[: count * width], ref.start + start * width)
+        return values.data_ptr()
+
+    def staged(self, dtype: str, count: int) -> memoryview:
+        """Return the bytes of elements in the staging buffer; they stay until anything is read."""
+        return self._staging_bytes[: count * DTYPE_BITS[dtype] // 8]
+
     def read_float(self, ref: TensorRef, start: int, count: int, slot: int) -> torch.Tensor:
         """Return elements of an input as float32 on the device, in memory of this slot."""
         return self.read_both(ref, start, count, slot)[0]
@@ -124,7 +144,7 @@ class Buffers:
             return _bytes_of(values)
         count = values.numel()
         self._stored(dtype, count).copy_(values)
-        return self._staging_bytes[: count * DTYPE_BITS[dtype] // 8]
+        return self.staged(dtype, count)
 
 
 class StagedBuffers(Buffers):

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, make_buffers
+from merge.engine.fused import FusedAdder, load_library
 from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
 from merge.header import DTYPE_BITS, DTYPE_WORDS
+from merge.methods import METHODS
 from merge.plan.memory import PRODUCT_ELEMENTS, block_elements
 from merge.plan.model import ComponentPlan, MergePlan, TensorPlan, TensorRef
 from merge.reader import FileReader
@@ -50,6 +52,8 @@ class Lane:
         self._buffers = make_buffers(readers, device, block)
         self._adder = TermAdder(self._buffers, plan.method, plan.params)
         is_cuda = device.type == "cuda"
+        library = None if is_cuda or METHODS[plan.method].combine else load_library()
+        self._fused = FusedAdder(library, self._buffers) if library is not None else None
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def run(self, unit: Unit, state: TensorState) -> None:
@@ -60,11 +64,13 @@ class Lane:
         """
         tensor = self._component.tensors[unit.tensor]
         with torch.inference_mode(), self._on_stream():
-            if tensor.is_merged:
+            if not tensor.is_merged:
+                self._keep_unit(tensor, unit, state)
+            elif self._fused is not None and self._fused.can_add(tensor):
+                self._merge_fused(self._fused, tensor, unit, state)
+            else:
                 for start, values in self._merged(tensor, unit, state):
                     self._write(tensor, unit.tensor, values, start, state)
-            else:
-                self._keep_unit(tensor, unit, state)
 
     def keep(self, index: int, state: TensorState) -> None:
         """Write a whole tensor as the target has it: its delta turned out to be zero.
@@ -96,13 +102,45 @@ class Lane:
             yield from self._merged_whole(tensor, factors, unit, state)
             return
         for start, count in self._blocks(tensor, factors, unit):
-            values = self._buffers.read_float(tensor.target, start, count, 0)
-            if self._adder.add(tensor, factors, values, start, is_changed=state.changed):
-                state.changed = True
+            values = self._summed(tensor, factors, start, count, state)
             if baked is not None:
                 values += baked[start : start + count]
                 state.changed = state.changed or bool(baked.any())
             yield start, values
+
+    def _merge_fused(
+        self, fused: FusedAdder, tensor: TensorPlan, unit: Unit, state: TensorState
+    ) -> None:
+        """Merge and write a unit in one pass a block; what is out of range goes the long way."""
+        factors = self._adder.read_factors(tensor)
+        self._prefetch(tensor, unit)
+        width = DTYPE_BITS[tensor.dtype_out] // 8
+        for start, count in self._blocks(tensor, factors, unit):
+            if tensor.loras:
+                product, factor = self._adder.product(tensor, start, count)
+                data, is_changed = fused.add_product(tensor, start, product, factor)
+            else:
+                data, is_changed = fused.add_delta(tensor, start, count)
+            if data is None:
+                values = self._summed(tensor, factors, start, count, state)
+                self._write(tensor, unit.tensor, values, start, state)
+                continue
+            state.changed = state.changed or is_changed
+            self._writer.write(data, self._starts[unit.tensor] + start * width)
+
+    def _summed(
+        self,
+        tensor: TensorPlan,
+        factors: Sequence[Factors],
+        start: int,
+        count: int,
+        state: TensorState,
+    ) -> torch.Tensor:
+        """Return a block of the target with all terms added, in float32."""
+        values = self._buffers.read_float(tensor.target, start, count, 0)
+        if self._adder.add(tensor, factors, values, start, is_changed=state.changed):
+            state.changed = True
+        return values
 
     def _blocks(
         self, tensor: TensorPlan, factors: Sequence[Factors], unit: Unit

@@ -173,17 +173,31 @@ class TermAdder:
     def _is_lone(tensor: TensorPlan) -> bool:
         return len(tensor.loras) == 1 and tensor.loras[0].base is None
 
+    def product(self, tensor: TensorPlan, start: int, count: int) -> tuple[torch.Tensor, float]:
+        """Return the sum of a row's adapters for a block of it; after `prepare`.
+
+        Args:
+            tensor: The row.
+            start: The block's first element, the begin of a row.
+            count: Its elements, whole rows.
+
+        Returns:
+            The sum, `(rows, columns)` in float64, and the factor that it still lacks.
+        """
+        first = start // tensor.row_elements - self._first_row
+        total = self._prepared[first : first + count // tensor.row_elements]
+        is_scaled = not self._is_lone(tensor) or self._is_folded(tensor.loras[0])
+        return total, 1.0 if is_scaled else tensor.loras[0].scale
+
     def _loras(
         self, tensor: TensorPlan, values: torch.Tensor, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the part of a block that adapters cover, and their sum rounded to float32."""
-        first = start // tensor.row_elements - self._first_row
-        rows = values.numel() // tensor.row_elements
-        total = self._prepared[first : first + rows]
-        if self._is_lone(tensor) and not self._is_folded(tensor.loras[0]):
+        total, factor = self.product(tensor, start, values.numel())
+        if factor != 1.0:
             scaled = self._buffers.grown(torch.float64, 1, total.numel()).view(total.shape)
-            total = torch.mul(total, tensor.loras[0].scale, out=scaled)
-        covered = tensor.delta_row_elements
+            total = torch.mul(total, factor, out=scaled)
+        rows, covered = total.shape
         delta = self._buffers.scratch(1, rows * covered).view(rows, covered)
         delta.copy_(total)
         return values.view(rows, -1)[:, :covered], delta

@@ -1,0 +1,160 @@
+/* One pass over a block: widen, add a weighted delta, round, look at the range.
+
+   The arithmetic is that of the torch path, bit for bit: three float32 operations, each rounded by
+   itself, and a cast to nearest even. Compile with -ffp-contract=off; a fused multiply-add would
+   change bits. Only x86-64 with AVX2 and F16C: elsewhere `fused_version` tells that nothing is here. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define VERSION 1
+#if defined(_WIN32)
+#define API __declspec(dllexport)
+#else
+#define API __attribute__((visibility("default")))
+#endif
+
+enum { F16 = 0, BF16 = 1, F32 = 2 };
+enum { IS_CHANGED = 1, IS_OUT_OF_RANGE = 2 };
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,f16c")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define LANES 8
+
+API int fused_version(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? VERSION : 0;
+}
+
+INLINE __m256 widen(const void *from, int64_t index, int dtype) {
+    if (dtype == F32) return _mm256_loadu_ps((const float *)from + index);
+    __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + index));
+    if (dtype == F16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+INLINE void narrow(void *to, int64_t index, int dtype, __m256 values) {
+    if (dtype == F32) {
+        _mm256_storeu_ps((float *)to + index, values);
+        return;
+    }
+    __m128i half;
+    if (dtype == F16) {
+        half = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+        /* To nearest even: add half a step, less one where the last bit that stays is even. */
+        __m256i bits = _mm256_castps_si256(values);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        bits = _mm256_srli_epi32(bits, 16);
+        half = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    }
+    _mm_storeu_si128((__m128i *)((uint16_t *)to + index), half);
+}
+
+/* The smallest magnitude that rounds to infinity. */
+INLINE __m256 limit_of(int dtype) {
+    if (dtype == F16) return _mm256_set1_ps(65520.0f);
+    uint32_t bits = dtype == BF16 ? 0x7f7f8000u : 0x7f800000u;
+    return _mm256_castsi256_ps(_mm256_set1_epi32((int)bits));
+}
+
+INLINE __m256 out_of_range(__m256 values, __m256 limit) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    /* Not less than: true for NaN, too. */
+    return _mm256_cmp_ps(_mm256_andnot_ps(sign, values), limit, _CMP_NLT_UQ);
+}
+
+INLINE int flags_of(__m256 deltas, __m256 outside) {
+    __m256 differs = _mm256_cmp_ps(deltas, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    return (_mm256_movemask_ps(differs) ? IS_CHANGED : 0) |
+           (_mm256_movemask_ps(outside) ? IS_OUT_OF_RANGE : 0);
+}
+
+static inline int width_of(int dtype) { return dtype == F32 ? 4 : 2; }
+
+INLINE int delta_pass(void *out, int out_dtype, const void *target, int target_dtype,
+                      const void *distilled, int distilled_dtype, const void *base, int base_dtype,
+                      float weight, int64_t count) {
+    __m256 scale = _mm256_set1_ps(weight), limit = limit_of(out_dtype);
+    __m256 deltas = _mm256_setzero_ps(), outside = _mm256_setzero_ps();
+    for (int64_t i = 0; i < count; i += LANES) {
+        __m256 delta = _mm256_sub_ps(widen(distilled, i, distilled_dtype), widen(base, i, base_dtype));
+        delta = _mm256_mul_ps(delta, scale);
+        __m256 sum = _mm256_add_ps(widen(target, i, target_dtype), delta);
+        deltas = _mm256_or_ps(deltas, delta);
+        outside = _mm256_or_ps(outside, out_of_range(sum, limit));
+        narrow(out, i, out_dtype, sum);
+    }
+    return flags_of(deltas, outside);
+}
+
+INLINE int product_pass(void *out, int out_dtype, const void *target, int target_dtype,
+                        const double *product, double factor, int64_t count) {
+    __m256d scale = _mm256_set1_pd(factor);
+    __m256 limit = limit_of(out_dtype);
+    __m256 deltas = _mm256_setzero_ps(), outside = _mm256_setzero_ps();
+    for (int64_t i = 0; i < count; i += LANES) {
+        __m128 low = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_loadu_pd(product + i), scale));
+        __m128 high = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_loadu_pd(product + i + 4), scale));
+        __m256 delta = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+        __m256 sum = _mm256_add_ps(widen(target, i, target_dtype), delta);
+        deltas = _mm256_or_ps(deltas, delta);
+        outside = _mm256_or_ps(outside, out_of_range(sum, limit));
+        narrow(out, i, out_dtype, sum);
+    }
+    return flags_of(deltas, outside);
+}
+
+/* out = round(target + (distilled - base) * weight) for `count` elements; returns flags. */
+TARGET API int fused_add_delta(void *out, int out_dtype, const void *target, int target_dtype,
+                               const void *distilled, int distilled_dtype, const void *base,
+                               int base_dtype, float weight, int64_t count) {
+    int64_t whole = count & ~(int64_t)(LANES - 1), left = count - whole;
+    int flags;
+    /* The usual case by itself: its branches on dtypes are gone. */
+    if (out_dtype == F16 && target_dtype == F16 && distilled_dtype == F16 && base_dtype == F16)
+        flags = delta_pass(out, F16, target, F16, distilled, F16, base, F16, weight, whole);
+    else
+        flags = delta_pass(out, out_dtype, target, target_dtype, distilled, distilled_dtype, base,
+                           base_dtype, weight, whole);
+    if (!left) return flags;
+    float ends[4][LANES] = {{0}};
+    const void *inputs[3] = {target, distilled, base};
+    int dtypes[3] = {target_dtype, distilled_dtype, base_dtype};
+    for (int i = 0; i < 3; i++) {
+        int width = width_of(dtypes[i]);
+        memcpy(ends[i], (const char *)inputs[i] + whole * width, (size_t)(left * width));
+    }
+    flags |= delta_pass(ends[3], out_dtype, ends[0], target_dtype, ends[1], distilled_dtype, ends[2],
+                        base_dtype, weight, LANES);
+    int width = width_of(out_dtype);
+    memcpy((char *)out + whole * width, ends[3], (size_t)(left * width));
+    return flags;
+}
+
+/* out = round(target + float32(product * factor)) for `count` elements; returns flags. */
+TARGET API int fused_add_product(void *out, int out_dtype, const void *target, int target_dtype,
+                                 const double *product, double factor, int64_t count) {
+    int64_t whole = count & ~(int64_t)(LANES - 1), left = count - whole;
+    int flags = product_pass(out, out_dtype, target, target_dtype, product, factor, whole);
+    if (!left) return flags;
+    float ends[2][LANES] = {{0}};
+    double end[LANES] = {0};
+    memcpy(ends[0], (const char *)target + whole * width_of(target_dtype),
+           (size_t)(left * width_of(target_dtype)));
+    memcpy(end, product + whole, (size_t)left * sizeof(double));
+    flags |= product_pass(ends[1], out_dtype, ends[0], target_dtype, end, factor, LANES);
+    memcpy((char *)out + whole * width_of(out_dtype), ends[1],
+           (size_t)(left * width_of(out_dtype)));
+    return flags;
+}
+
+#else
+
+API int fused_version(void) { return 0; }
+
+#endif

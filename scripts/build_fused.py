@@ -1,0 +1,57 @@
+"""Compile `merge/engine/fused.c` while the package is built or installed for editing.
+
+A hook of the build backend. Without a C compiler the package is whole all the same: torch then
+computes what the library would, in some more passes over memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.tags import sys_tags
+
+FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
+
+
+class FusedHook(BuildHookInterface):
+    """Puts the library beside its source and into the wheel."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and mark the wheel as one for this platform where that succeeded."""
+        if self.target_name != "wheel":
+            return
+        source = Path(self.root) / "merge" / "engine" / "fused.c"
+        library = source.with_name("_fused.so")
+        if not compile_library(source, library):
+            library.unlink(missing_ok=True)
+            self.app.display_warning("no C compiler: merges will use torch alone, and be slower")
+            return
+        # Git ignores it, and what Git ignores is otherwise left out.
+        build_data["artifacts"].append("merge/engine/_fused.so")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{next(sys_tags()).platform}"
+
+
+def compile_library(source: Path, library: Path) -> bool:
+    """Compile a C file into a shared library; return False where that is not possible."""
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    with tempfile.TemporaryDirectory() as folder:
+        # Elsewhere first: a library that a running process has loaded must not change under it.
+        made = Path(folder) / library.name
+        command = [*shlex.split(compiler), *FLAGS, "-o", str(made), str(source)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            library.unlink(missing_ok=True)
+            library.write_bytes(made.read_bytes())
+        except (OSError, subprocess.CalledProcessError):
+            return False
+    return True
