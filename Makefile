@@ -69,13 +69,13 @@ test-slow: $(VENV)/.setup-dev  ## The full-size tests, minutes and gigabytes
 	$(BIN)/pytest -m slow
 
 bench: $(VENV)/.setup-dev  ## Time a full-size merge and an edit against what one would write
-	$(PY) scripts/bench/merge.py
+	$(PY) scripts/bench/merge.py sd15 sd15-lora
 	$(PY) scripts/bench/edit.py
 
 # Runs with the python that has CUDA: make gpu-check PY=python3
 gpu-check:  ## Every test and benchmark that needs a CUDA device
 	$(PY) -m pytest -m gpu
-	$(PY) scripts/bench/merge.py --device cuda
+	$(PY) scripts/bench/merge.py sd15 sd15-lora --device cuda
 	$(PY) scripts/bench/edit.py --device cuda --dtype float16 --width 320 --size 512
 
 clean:  ## Remove what the other targets made, .venv excepted

@@ -17,11 +17,8 @@ Every tensor's SHA-256 is compared after the round trip. Needs three times the m
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -35,6 +32,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Python puts this script's folder first, where `merge` would be another script.
 sys.path[0] = str(ROOT)
+# This folder's own modules.
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+import machine  # noqa: E402
 
 from merge.reader import FileReader, read_checkpoint  # noqa: E402
 
@@ -257,36 +258,24 @@ def check_limits(rows: dict[str, Any]) -> None:
 
 
 def write_results(options: argparse.Namespace, rows: dict[str, Any]) -> None:
-    path = options.out or ROOT / "scripts" / "bench" / "results" / "convert.json"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = platform.processor() or platform.machine()
     tree = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {
-            "cpu": next((x.split(": ")[1] for x in lines if x.startswith("model name")), processor),
-            "cores": os.cpu_count(),
-        },
+        "machine": machine.machine_facts(),
         "settings": {"arch": "sdxl", "dtype": options.dtype, "pairs": options.pairs},
         "bytes": rows["bytes"],
         "identical_tensors": rows["tensors"],
-        "peak_mb": round(peak_mb(rows), 1),
+        "peak_mb": peak_mb(rows),
         "ratios": {
-            f"{direction} / {side}": [round(value, 3) for value in ratios(rows, direction, side)]
+            f"{direction} / {side}": ratios(rows, direction, side)
             for direction in DIRECTIONS
             for side in SIDES[1:]
         },
         "runs": {
-            f"{direction}, {side}": [
-                {name: round(value, 3) for name, value in run.items()}
-                for run in rows[direction][side]
-            ]
+            f"{direction}, {side}": rows[direction][side]
             for direction in DIRECTIONS
             for side in SIDES
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n")
+    machine.write_results("convert", tree, options.out)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,7 @@ evaluates three UNet rows a step and two count: no loop can be more than 1.5 tim
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,8 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Python puts this script's folder first, where `merge` would be another script.
 sys.path[0] = str(ROOT)
+# This folder's own modules.
+sys.path.insert(1, str(Path(__file__).resolve().parent))
 
 import diffusers  # noqa: E402
+import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -239,37 +239,19 @@ def write_results(
     options: argparse.Namespace, rows: dict[str, list[dict[str, float]]], difference: float
 ) -> None:
     name = "edit" if options.device == "cpu" else f"edit-{options.device.split(':')[0]}"
-    path = options.out or ROOT / "scripts" / "bench" / "results" / f"{name}.json"
-    processor = platform.processor() or platform.machine()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")), processor
-    )
     settings = ("width", "size", "steps", "guidance_scale", "image_guidance_scale", "threads")
     tree = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {
-            "cpu": model,
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "machine": machine.machine_facts(options.device, ("torch", "diffusers")),
         "settings": {
             **{name: getattr(options, name) for name in settings},
             "device": options.device,
             "dtype": options.dtype,
         },
-        "ratios": {name: [round(v, 3) for v in found] for name, found, _ in ratios(rows)},
+        "ratios": {name: found for name, found, _ in ratios(rows)},
         "picture_difference": difference,
-        "runs": {
-            side: [{name: round(v, 4) for name, v in run.items()} for run in runs]
-            for side, runs in rows.items()
-        },
+        "runs": rows,
     }
-    if options.device != "cpu":
-        tree["machine"]["gpu"] = torch.cuda.get_device_name()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n")
+    machine.write_results(name, tree, options.out)
 
 
 if __name__ == "__main__":

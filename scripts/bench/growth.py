@@ -11,14 +11,12 @@ all that can disturb makes it slower.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import shutil
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Python puts this script's folder first, where `merge` would be another script.
 sys.path[0] = str(ROOT)
+# This folder's own modules.
+sys.path.insert(1, str(Path(__file__).resolve().parent))
 
+import machine  # noqa: E402
 import numpy as np  # noqa: E402
+from sides import WEIGHTS, merge_stage  # noqa: E402
 
 from merge.header import encode_header  # noqa: E402
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-RESULTS = ROOT / "scripts" / "bench" / "results" / "growth.json"
-SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0)
+SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.5)
 TENSORS = (10, 100, 1000, 5000, 20_000)
 LORAS = (1, 2, 4, 8)
 COLUMNS = 1024
@@ -52,12 +52,8 @@ def main() -> None:
         points["tensors"].append(measure(options, {"gigabytes": 0.2, "tensors": count}))
     for count in LORAS:
         points["loras"].append(measure(options, {"gigabytes": 0.5, "tensors": 200, "loras": count}))
-    tree = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": options.threads},
-        "points": points,
-    }
-    RESULTS.write_text(json.dumps(tree, indent=2) + "\n")
+    facts = {**machine.machine_facts(), "threads": options.threads}
+    machine.write_results("growth", {"machine": facts, "points": points})
 
 
 def parse_options() -> argparse.Namespace:
@@ -70,28 +66,21 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
-
-
 def measure(options: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any]:
     """Make the models of a point, merge them some times, and remove them."""
-    shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=ROOT / "outputs") as name:
+    size = point["gigabytes"] * 1e9
+    with (
+        tempfile.TemporaryDirectory(dir=ROOT / "outputs") as name,
+        machine.scratch_folder(size, within=0.5) as scratch,
+    ):
         folder = Path(name)
         write_models(folder, **point)
-        scratch = Path(tempfile.mkdtemp(dir=shm if shm.is_dir() else None))
-        try:
-            recipe(folder, scratch, point.get("loras", 0))
-            words = [sys.executable, __file__, "--threads", str(options.threads)]
-            rows = [
-                json.loads(subprocess.check_output([*words, "--child", str(scratch)]))
-                for _ in range(options.runs)
-            ]
-        finally:
-            shutil.rmtree(scratch)
+        recipe(folder, scratch, point.get("loras", 0))
+        words = [sys.executable, __file__, "--threads", str(options.threads)]
+        rows = [
+            json.loads(subprocess.check_output([*words, "--child", str(scratch)]))
+            for _ in range(options.runs)
+        ]
     best = {name: min(row[name] for row in rows) for name in rows[0]}
     print(point, {name: round(value, 3) for name, value in best.items()}, file=sys.stderr)
     return point | best
@@ -140,39 +129,14 @@ def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.random
 
 def run_point(scratch: Path, threads: int) -> dict[str, float]:
     """Plan and merge once; return seconds and memory."""
-    import resource
-
-    import torch
-
-    from merge import build_plan, load_recipe, resolve_sources
-    from merge.engine import execute_plan
-    from merge.writer import TensorFileWriter
-
-    started = time.perf_counter()
-    loaded = load_recipe(scratch / "recipe.yaml")
-    plan = build_plan(loaded, resolve_sources(loaded))
-    planned = time.perf_counter()
-    (unet,) = plan.components
-    out = scratch / "out.safetensors"
-    before = time.process_time()
-    with TensorFileWriter(out, unet.out_header.file_bytes) as writer:
-        execute_plan(
-            plan,
-            unet,
-            loaded,
-            writer,
-            device=torch.device("cpu"),
-            threads=threads,
-            on_frontier=lambda position, states: None,
-        )
-        writer.finish(unet.header_bytes("0" * 64))
-    merged = time.perf_counter()
-    out.unlink()
+    row = merge_stage(scratch, threads, "cpu")
+    (scratch / "out.safetensors").unlink()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return {
-        "plan_s": planned - started,
-        "merge_s": merged - planned,
-        "merge_cpu_s": time.process_time() - before,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        "plan_s": row["plan_s"],
+        "merge_s": row["stage_s"],
+        "merge_cpu_s": row["stage_cpu_s"],
+        "peak_mb": peak,
     }
 
 

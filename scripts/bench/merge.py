@@ -1,40 +1,38 @@
-"""Time a full-size merge against what a user would otherwise write, and against a plain copy.
+"""Time full-size merges against what a user would otherwise run, and against a plain copy.
 
-    python scripts/bench/merge.py                     # SD1.5-size, full delta, three pairs
-    python scripts/bench/merge.py --arch sdxl --pairs 2
-    python scripts/bench/merge.py --lora
-    python scripts/bench/merge.py --dtype float32 --cache cold
-    python scripts/bench/merge.py --rivals            # after rivals.py --setup
+    python scripts/bench/merge.py                     # everything this machine can hold
+    python scripts/bench/merge.py sd15 sd15-lora      # some configurations
+    python scripts/bench/merge.py --device cuda
 
-Sides, each in a fresh process, in turn, with every input in the page cache:
+One table, and one JSON: results/merge.json. Every side runs in a fresh process, in turn, pair after
+pair, and ratios are taken within a pair, since machines drift:
 
-* naive: load_file of the three UNets, the float32 formula, save_file (full delta only; skipped
-  where memory is too small for it);
-* matmul: the float64 products up @ down of a LoRA alone, by as many threads (LoRA only);
-* stage: our merge alone, reading, adding and writing, without hashes;
-* command: `instruct-merge run` as a user starts it, with start-up, SHA-256 of inputs and output,
-  and fsync; one column for each of its stages;
-* floor: the same bytes read and written by as many threads with nothing in between;
-* fuse: diffusers' fuse_lora of the pipeline and save_pretrained of its UNet (LoRA only);
-* mergekit, sd-mecha: with --rivals, their own commands in environments of their own.
+    naive         load_file of the three UNets, the float32 formula, save_file
+    mergekit, sd-mecha   their whole commands, once rivals.py --setup has made their environments
+    fuse          diffusers: load the UNet, fuse_lora, save_pretrained
+    matmul        the float64 products of a LoRA alone, by as many threads
+    transfers     our pipeline with its arithmetic taken out (CUDA only)
+    stage         our merge alone: reading, adding and writing, without hashes
+    command       `instruct-merge run` as a user starts it: start-up, SHA-256 of every input and of
+                  the output, fsync
+    floor         the same bytes read and written by as many threads, nothing in between
 
-Ratios are taken pair by pair, since machines drift. The output goes to /dev/shm where it fits, so
-that no disk is measured. The naive result and ours are compared bit by bit.
+The output goes to tmpfs where it fits, so that no disk is measured. The naive result and ours are
+compared bit by bit. Synthetic models are made under outputs/bench and, unless --keep is given,
+removed when no configuration needs them any more.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import dataclasses
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +42,55 @@ sys.path[0] = str(ROOT)
 # This folder's own modules.
 sys.path.insert(1, str(Path(__file__).resolve().parent))
 
+import machine  # noqa: E402
 import rivals  # noqa: E402
-from sides import CHILDREN, CHUNK_BYTES, MODELS, WEIGHTS, inputs  # noqa: E402
+import tables  # noqa: E402
+from sides import CHILDREN, CHUNK_BYTES, MODELS, input_files  # noqa: E402
 
-PEAK_LIMIT_MB = 450
+MODELS_FOLDER = ROOT / "outputs" / "bench"
+Runs = dict[str, list[dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One thing to measure.
+
+    Attributes:
+        arch: `sd15` or `sdxl`.
+        dtype: Of the inputs; the output is float16, or bfloat16 from bfloat16.
+        is_lora: True for a LoRA instead of a full delta.
+        is_cold: True when the inputs are taken out of the page cache before every run.
+        threads: Of our sides and of the copy; None for every core, up to eight.
+        pairs: How often everything runs, if the user does not say.
+    """
+
+    arch: str = "sd15"
+    dtype: str = "float16"
+    is_lora: bool = False
+    is_cold: bool = False
+    threads: int | None = None
+    pairs: int = 3
+
+    @property
+    def models(self) -> Path:
+        """Return where its models are."""
+        name = self.arch if self.dtype == "float16" else f"{self.arch}-{self.dtype}"
+        return MODELS_FOLDER / name
+
+
+CONFIGURATIONS = {
+    "sd15": Configuration(),
+    "sd15-1-thread": Configuration(threads=1),
+    "sd15-4-threads": Configuration(threads=4),
+    "sd15-cold": Configuration(is_cold=True),
+    "sd15-lora": Configuration(is_lora=True),
+    "sd15-lora-cold": Configuration(is_lora=True, is_cold=True),
+    "sd15-bfloat16": Configuration(dtype="bfloat16"),
+    "sd15-float32": Configuration(dtype="float32"),
+    "sdxl": Configuration("sdxl", pairs=2),
+    "sdxl-cold": Configuration("sdxl", is_cold=True, pairs=2),
+    "sdxl-lora": Configuration("sdxl", is_lora=True, pairs=2),
+}
 
 
 def main() -> None:
@@ -55,260 +98,234 @@ def main() -> None:
     if options.child:
         print(json.dumps(CHILDREN[options.child](options)))
         return
-    prepare(options)
-    sides = choose_sides(options)
-    rows: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for pair in range(options.pairs):
-        for side in sides:
-            print(f"pair {pair + 1}/{options.pairs}: {side}", file=sys.stderr)
-            rows[side].append(measure(side, options))
-            if side == "naive" and pair == 0:
-                keep = options.scratch / "reference.safetensors"
-                (options.scratch / "out.safetensors").replace(keep)
-            if side == "stage" and pair == 0 and "naive" in sides:
-                run_child("compare", options)
-    print_tables(rows)
-    write_results(options, rows)
+    name = "merge" if options.device == "cpu" else f"merge-{options.device.split(':')[0]}"
+    results: dict[str, Any] = {}
+    for wanted in choose(options):
+        configuration = CONFIGURATIONS[wanted]
+        prepare(configuration)
+        results[wanted] = measure(wanted, configuration, options)
+        # After each, so that what was measured stays when the next one fails.
+        facts = machine.machine_facts(options.device)
+        machine.write_results(name, {"machine": facts, "configurations": results}, options.out)
+        if not options.keep:
+            remove_unneeded(options, wanted)
+    tables.print_tables(results)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", choices=("sd15", "sdxl"), default="sd15")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--cache", choices=("warm", "cold"), default="warm", help="of the inputs")
-    parser.add_argument("--rivals", action="store_true", help="run the other tools, too")
-    parser.add_argument("--models", type=Path, help="made there when it is empty")
-    parser.add_argument("--scratch", type=Path, help="default: /dev/shm or a temporary folder")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8))
-    parser.add_argument("--device", default="cpu", help="of our side: cpu or cuda")
-    parser.add_argument("--lora", action="store_true", help="merge an LCM-LoRA instead")
-    parser.add_argument("--out", type=Path, help="JSON with every number")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CONFIGURATIONS))
+    parser.add_argument("--pairs", type=int, help="default: 3, of SDXL 2")
+    parser.add_argument("--device", default="cpu", help="of our sides: cpu or cuda")
+    parser.add_argument("--keep", action="store_true", help="keep the models that were made")
+    parser.add_argument("--out", type=Path, help="the JSON")
+    # Of the child processes.
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--narrowing", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    name = options.arch + ("" if options.dtype == "float16" else f"-{options.dtype}")
-    options.models = (options.models or ROOT / "outputs" / "bench" / name).resolve()
+    if unknown := set(options.names) - set(CONFIGURATIONS):
+        parser.error(f"{', '.join(unknown)}: choose from {', '.join(CONFIGURATIONS)}")
     return options
 
 
-def prepare(options: argparse.Namespace) -> None:
-    if not (options.models / "lora.safetensors").is_file():
-        script = ROOT / "scripts" / "make_synthetic.py"
-        command = [sys.executable, script, options.models, "--arch", options.arch]
-        command += ["--dtype", options.dtype]
-        subprocess.run([str(word) for word in command], check=True)
-    if options.scratch is None:
-        needed = 2.2 * (options.models / "target" / WEIGHTS).stat().st_size
-        shm = Path("/dev/shm")
-        fits = shm.is_dir() and shutil.disk_usage(shm).free > needed
-        options.scratch = Path(tempfile.mkdtemp(prefix="merge-bench-", dir=shm if fits else None))
-    options.scratch.mkdir(parents=True, exist_ok=True)
+def choose(options: argparse.Namespace) -> list[str]:
+    """Return the configurations to measure: the named ones, else all that make sense here."""
+    if options.names:
+        return list(options.names)
+    cores = os.cpu_count() or 1
+    return [
+        name
+        for name, found in CONFIGURATIONS.items()
+        if (found.threads is None or 1 <= found.threads <= cores) and cores > 1
+        if options.device == "cpu" or (found.threads is None and not found.is_cold)
+    ]
 
 
-def set_cache(options: argparse.Namespace) -> None:
-    """Bring the inputs into the page cache, or out of it."""
-    for path in inputs(options):
-        with path.open("rb", buffering=0) as file:
-            if options.cache == "cold":
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                continue
-            while file.read(16 * CHUNK_BYTES):
-                pass
+def prepare(configuration: Configuration) -> None:
+    """Make the models of a configuration unless they are there."""
+    if (configuration.models / "lora.safetensors").is_file():
+        return
+    script = ROOT / "scripts" / "make_synthetic.py"
+    command = [sys.executable, str(script), str(configuration.models)]
+    command += ["--arch", configuration.arch, "--dtype", configuration.dtype]
+    subprocess.run(command, check=True)
+    (configuration.models / ".made-for-benchmark").touch()
 
 
-def choose_sides(options: argparse.Namespace) -> list[str]:
-    others = [name for name in rivals.RIVALS if options.rivals and rivals.is_there(name)]
-    if options.lora:
-        return ["fuse", "matmul", "stage", "command", "floor"]
-    size = sum(path.stat().st_size for path in inputs(options))
-    # Its inputs, its result, and the result once more in the output file on tmpfs.
-    needed, available = size / 3 * 5, _available_bytes()
-    if available < needed:
-        print(
-            f"naive is skipped: it needs {needed / 1e9:.0f} GB of memory and "
-            f"{available / 1e9:.0f} GB are available",
-            file=sys.stderr,
+def remove_unneeded(options: argparse.Namespace, done: str) -> None:
+    """Remove the models of a configuration if it was the last that uses them."""
+    models = CONFIGURATIONS[done].models
+    names = choose(options)
+    later = names[names.index(done) + 1 :]
+    is_ours = (models / ".made-for-benchmark").exists()
+    if is_ours and all(CONFIGURATIONS[name].models != models for name in later):
+        shutil.rmtree(models)
+
+
+# One configuration -----------------------------------------------------------------------------
+
+
+def measure(name: str, configuration: Configuration, options: argparse.Namespace) -> dict[str, Any]:
+    """Run every side of a configuration some times."""
+    files = input_files(configuration.models, is_lora=configuration.is_lora)
+    read = sum(path.stat().st_size for path in files)
+    target = files[0].stat().st_size
+    is_warm = not configuration.is_cold
+    needed = target * 2.1
+    # What is read has to stay in the page cache beside what is written.
+    with machine.scratch_folder(needed + (read if is_warm else 0), within=0.9) as scratch:
+        run = _Run(configuration, options, scratch, files)
+        sides = list(run.sides(read))
+        rows: Runs = {side: [] for side in sides}
+        pairs = options.pairs or configuration.pairs
+        for pair in range(pairs):
+            for side in sides:
+                print(f"{name}, {pair + 1}/{pairs}: {side}", file=sys.stderr)
+                rows[side].append(run.measure(side))
+                if pair == 0 and "naive" in sides:
+                    run.compare(side)
+        is_tmpfs = scratch.is_relative_to("/dev/shm")
+    settings = {
+        **dataclasses.asdict(configuration),
+        "pairs": pairs,
+        "threads": run.threads,
+        "device": options.device,
+        "read_bytes": read,
+        "output_on": "tmpfs" if is_tmpfs else "disk",
+    }
+    return {"settings": settings, "ratios": tables.ratios(rows), "runs": rows}
+
+
+class _Run:
+    """The processes of one configuration."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        options: argparse.Namespace,
+        scratch: Path,
+        files: list[Path],
+    ) -> None:
+        self.configuration = configuration
+        self.device = options.device
+        self.scratch = scratch
+        self.files = files
+        self.threads = configuration.threads or min(os.cpu_count() or 1, 8)
+        self.output = scratch / "out.safetensors"
+        self.reference = scratch / "reference.safetensors"
+
+    def sides(self, read_bytes: int) -> Iterator[str]:
+        """Yield what is run."""
+        found = self.configuration
+        is_plain = not found.is_cold and found.threads is None
+        if found.is_lora:
+            yield from ("fuse", "matmul") if is_plain else ()
+        elif is_plain:
+            # The inputs, the result, and the result once more in the output file on tmpfs.
+            needed, available = read_bytes / 3 * 5, machine.available_bytes()
+            if found.dtype == "float16" and needed < available:
+                yield from ("naive", *filter(rivals.is_there, rivals.RIVALS))
+            elif found.dtype == "float16":
+                print(
+                    f"naive and the rivals are left out: they need {needed / 1e9:.0f} GB of memory "
+                    f"and {available / 1e9:.0f} GB are available",
+                    file=sys.stderr,
+                )
+        if self.device != "cpu" and not found.is_lora:
+            yield "transfers"
+        yield from ("stage", "command", "floor")
+
+    def measure(self, side: str) -> dict[str, Any]:
+        """Run one side and return its seconds and memory, and the bytes that it wrote."""
+        for path in self.scratch.iterdir():
+            if path != self.reference:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._set_cache()
+        row = self._run(side)
+        written = (path for path in self.scratch.rglob("*.safetensors") if path != self.reference)
+        row["written_bytes"] = sum(path.stat().st_size for path in written)
+        return row
+
+    def compare(self, side: str) -> None:
+        """Keep the naive result, and compare ours with it."""
+        if side == "naive":
+            self.output.replace(self.reference)
+        elif side == "stage":
+            self._run("compare")
+
+    def _set_cache(self) -> None:
+        """Bring the inputs into the page cache, or out of it."""
+        for path in self.files:
+            with path.open("rb", buffering=0) as file:
+                if self.configuration.is_cold:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    continue
+                while file.read(16 * CHUNK_BYTES):
+                    pass
+
+    def _run(self, side: str) -> dict[str, Any]:
+        is_rival = side in rivals.RIVALS
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if is_rival:
+            environment.pop("PYTHONPATH")
+        command = self._command(side)
+        started = time.perf_counter()
+        child = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if is_rival else None,
+            env=environment,
         )
-        return [*others, "stage", "command", "floor"]
-    return ["naive", *others, "stage", "command", "floor"]
+        assert child.stdout is not None
+        output = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - started
+        if status:
+            raise SystemExit(f"{side} failed")
+        row: dict[str, Any] = {
+            "process_s": wall,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            # macOS counts bytes, Linux kibibytes.
+            "peak_mb": usage.ru_maxrss / 1e6 * (1 if sys.platform == "darwin" else 1024),
+        }
+        if side == "command":
+            row["stages"] = json.loads((self.scratch / "out" / "run.json").read_text())["seconds"]
+            return row | {"stage_s": row["stages"]["merge"]}
+        return row | ({"stage_s": wall} if is_rival else json.loads(output))
 
+    def _command(self, side: str) -> list[Any]:
+        models = self.configuration.models
+        if side in rivals.RIVALS:
+            return rivals.command(side, models, self.scratch, self.threads)
+        recipe = self._write_recipe()
+        common = ["--threads", self.threads, "--device", self.device]
+        if side == "command":
+            command = [sys.executable, "-m", "merge", "run", recipe]
+            return [*command, "--out", self.scratch / "out", "--no-verify", "-q", *common]
+        command = [sys.executable, __file__, "--child", side, *common]
+        command += ["--models", models, "--scratch", self.scratch]
+        # How many times smaller the output is than the target.
+        command += ["--narrowing", 2 if self.configuration.dtype == "float32" else 1]
+        return [*command, *(["--lora"] if self.configuration.is_lora else [])]
 
-def _available_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = meminfo.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def write_recipe(options: argparse.Namespace) -> Path:
-    models: dict[str, Any] = {"target": str(options.models / "target"), "base": None}
-    models["distilled"] = str(options.models / "lora.safetensors")
-    if not options.lora:
-        models |= {name: str(options.models / name) for name in MODELS}
-    path: Path = options.scratch / "recipe.yaml"
-    # JSON is YAML.
-    path.write_text(json.dumps({"name": "bench", "models": models}))
-    return path
-
-
-def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one side in a process of its own and return its seconds and memory."""
-    for name in ("out.safetensors", "mecha.safetensors"):
-        (options.scratch / name).unlink(missing_ok=True)
-    for name in ("out", "mergekit", "fuse"):
-        shutil.rmtree(options.scratch / name, ignore_errors=True)
-    set_cache(options)
-    row = run_child(side, options)
-    row["written_bytes"] = sum(
-        path.stat().st_size
-        for path in options.scratch.rglob("*.safetensors")
-        if path.name != "reference.safetensors"
-    )
-    if side == "command":
-        row["stages"] = json.loads((options.scratch / "out" / "run.json").read_text())["seconds"]
-        row["stage_s"] = row["stages"]["merge"]
-    return row
-
-
-def run_child(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a side and return what it prints, its wall and CPU seconds and its peak memory."""
-    common = ["--threads", options.threads, "--device", options.device]
-    if side == "command":
-        command = [sys.executable, "-m", "merge", "run", write_recipe(options)]
-        command += ["--out", options.scratch / "out", "--no-verify", "-q", *common]
-    elif side in rivals.RIVALS:
-        command = rivals.command(side, options.models, options.scratch, options.threads)
-    else:
-        write_recipe(options)
-        command = [sys.executable, __file__, "--child", side, "--arch", options.arch, *common]
-        command += ["--models", options.models, "--scratch", options.scratch]
-        command += ["--lora"] if options.lora else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if side in rivals.RIVALS:
-        environment.pop("PYTHONPATH")
-    started = time.perf_counter()
-    child = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if side in rivals.RIVALS else None,
-        env=environment,
-    )
-    assert child.stdout is not None
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{side} failed")
-    row: dict[str, Any] = {
-        "process_s": wall,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        # macOS counts bytes, Linux kibibytes.
-        "peak_mb": usage.ru_maxrss / 1e6 * (1 if sys.platform == "darwin" else 1024),
-    }
-    if side in rivals.RIVALS:
-        return row | {"stage_s": wall}
-    return row if side == "command" else row | json.loads(output)
-
-
-# Tables ----------------------------------------------------------------------------------------
-
-
-def print_tables(rows: dict[str, list[dict[str, Any]]]) -> None:
-    print(
-        f"{'side':<9}{'stage s':>9}{'min':>8}{'max':>8}{'process s':>11}{'cpu s':>8}{'MB':>7}"
-        f"{'GB written':>12}"
-    )
-    for side, runs in rows.items():
-        stage = [run["stage_s"] for run in runs]
-        print(
-            f"{side:<9}{statistics.median(stage):>9.2f}{min(stage):>8.2f}{max(stage):>8.2f}"
-            f"{median(runs, 'process_s'):>11.2f}{median(runs, 'cpu_s'):>8.2f}"
-            f"{median(runs, 'peak_mb'):>7.0f}{median(runs, 'written_bytes') / 1e9:>12.2f}"
-        )
-    stages = {
-        name: statistics.median(run["stages"][name] for run in rows["command"])
-        for name in rows["command"][0]["stages"]
-    }
-    print("\nthe command's stages, median s")
-    print("".join(f"{name:>17}" for name in stages))
-    print("".join(f"{value:>17.2f}" for value in stages.values()))
-    print()
-    for name, values, aim in ratios(rows):
-        shown = ", ".join(f"{value:.2f}" for value in values)
-        print(f"{name:<34}{statistics.median(values):>7.2f}   ({shown}){aim}")
-
-
-def median(runs: list[dict[str, Any]], name: str) -> float:
-    return statistics.median(run[name] for run in runs)
-
-
-def ratios(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[float], str]]:
-    def pairs(one: str, two: str, name: str) -> list[float]:
-        return [a[name] / b[name] for a, b in zip(rows[one], rows[two], strict=True)]
-
-    found = []
-    if "naive" in rows:
-        found.append(("naive / stage", pairs("naive", "stage", "stage_s"), "  aim: at least 4"))
-        whole = pairs("naive", "command", "process_s")
-        found.append(("naive / command, whole processes", whole, "  aim: at least 2"))
-    for rival in rivals.RIVALS:
-        if rival in rows:
-            faster = [
-                a["process_s"] / b["stage_s"]
-                for a, b in zip(rows[rival], rows["stage"], strict=True)
-            ]
-            aim = {"mergekit": (6, 2), "sd-mecha": (10, 4)}[rival]
-            found.append((f"{rival} / stage", faster, f"  aim: at least {aim[0]}"))
-            whole = pairs(rival, "command", "process_s")
-            found.append((f"{rival} / command", whole, f"  aim: at least {aim[1]}"))
-    if "fuse" in rows:
-        found.append(("fuse / command", pairs("fuse", "command", "process_s"), ""))
-    if "matmul" in rows:
-        found.append(("stage / matmul", pairs("stage", "matmul", "stage_s"), ""))
-    found.append(("stage / floor", pairs("stage", "floor", "stage_s"), ""))
-    peaks = [run["peak_mb"] for run in rows["command"]]
-    found.append(("peak memory of the command, MB", peaks, f"  aim: under {PEAK_LIMIT_MB}"))
-    return found
-
-
-def write_results(options: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> None:
-    import torch
-
-    name = f"merge-{options.arch}{'-lora' if options.lora else ''}"
-    name += "" if options.dtype == "float16" else f"-{options.dtype}"
-    name += "" if options.cache == "warm" else "-cold"
-    name += "-rivals" if options.rivals else ""
-    name += "" if options.device == "cpu" else f"-{options.device.split(':')[0]}"
-    path = options.out or ROOT / "scripts" / "bench" / "results" / f"{name}.json"
-    processor = platform.processor() or platform.machine()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")), processor
-    )
-    tree = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__},
-        "settings": {
-            "arch": options.arch,
-            "lora": options.lora,
-            "dtype": options.dtype,
-            "cache": options.cache,
-            "threads": options.threads,
-            "device": options.device,
-            "output_on": "tmpfs" if str(options.scratch).startswith("/dev/shm") else "disk",
-        },
-        "ratios": {name: [round(v, 3) for v in values] for name, values, _ in ratios(rows)},
-        "runs": rows,
-    }
-    if options.device != "cpu":
-        tree["machine"]["gpu"] = torch.cuda.get_device_name()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n")
-    shutil.rmtree(options.scratch, ignore_errors=True)
+    def _write_recipe(self) -> Path:
+        folder = self.configuration.models
+        models = {name: str(folder / name) for name in MODELS}
+        if self.configuration.is_lora:
+            models = {"target": models["target"], "distilled": str(folder / "lora.safetensors")}
+        is_bfloat16 = self.configuration.dtype == "bfloat16"
+        out_dtype = "bfloat16" if is_bfloat16 else "float16"
+        path = self.scratch / "recipe.yaml"
+        # JSON is YAML.
+        path.write_text(json.dumps({"name": "bench", "models": models, "out_dtype": out_dtype}))
+        return path
 
 
 if __name__ == "__main__":

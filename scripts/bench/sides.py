@@ -19,18 +19,19 @@ MODELS = ("target", "distilled", "base")
 CHUNK_BYTES = 1024 * 1024
 
 
-def inputs(options: argparse.Namespace) -> list[Path]:
-    """Return the files that every side reads."""
-    if options.lora:
-        return [options.models / "target" / WEIGHTS, options.models / "lora.safetensors"]
-    return [options.models / name / WEIGHTS for name in MODELS]
+def input_files(models: Path, *, is_lora: bool) -> list[Path]:
+    """Return the files that every side reads, the target's first."""
+    if is_lora:
+        return [models / "target" / WEIGHTS, models / "lora.safetensors"]
+    return [models / name / WEIGHTS for name in MODELS]
 
 
 def run_naive(options: argparse.Namespace) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     started = time.perf_counter()
-    target, distilled, base = (load_file(path) for path in inputs(options))
+    files = input_files(options.models, is_lora=False)
+    target, distilled, base = (load_file(path) for path in files)
     merged = {}
     for key, tensor in target.items():
         if key == "conv_in.weight":
@@ -42,39 +43,80 @@ def run_naive(options: argparse.Namespace) -> dict[str, Any]:
     return {"stage_s": time.perf_counter() - started}
 
 
-def run_stage(options: argparse.Namespace) -> dict[str, Any]:
+def merge_stage(folder: Path, threads: int, device: str) -> dict[str, float]:
+    """Plan `recipe.yaml` of a folder and merge its UNet there, without hashes."""
     from merge import build_plan, load_recipe, resolve_sources
     from merge.engine import choose_device, execute_plan
     from merge.writer import TensorFileWriter
 
-    recipe = load_recipe(options.scratch / "recipe.yaml")
+    begun = time.perf_counter()
+    recipe = load_recipe(folder / "recipe.yaml")
     plan = build_plan(recipe, resolve_sources(recipe))
-    device = choose_device(options.device)
-    started = time.perf_counter()
-    path = options.scratch / "out.safetensors"
+    where = choose_device(device)
+    if device != "cpu":
+        _start_cuda(where)
+    started, cpu = time.perf_counter(), time.process_time()
     (unet,) = plan.components
-    with TensorFileWriter(path, unet.out_header.file_bytes) as writer:
+    with TensorFileWriter(folder / "out.safetensors", unet.out_header.file_bytes) as writer:
         execute_plan(
             plan,
             unet,
             recipe,
             writer,
-            device=device,
-            threads=options.threads,
+            device=where,
+            threads=threads,
             on_frontier=lambda position, states: None,
         )
         writer.finish(unet.header_bytes("0" * 64))
-    return {"stage_s": time.perf_counter() - started}
+    ended = time.perf_counter()
+    return {
+        "plan_s": started - begun,
+        "stage_s": ended - started,
+        "stage_cpu_s": time.process_time() - cpu,
+    }
+
+
+def _start_cuda(device: Any) -> None:
+    """Make the context, which takes a second and belongs to no merge."""
+    import torch
+
+    torch.zeros(1, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def run_stage(options: argparse.Namespace) -> dict[str, Any]:
+    row = merge_stage(options.scratch, options.threads, options.device)
+    if options.device == "cpu":
+        return row
+    import torch
+
+    return row | {"device_mb": torch.cuda.max_memory_reserved(options.device) / 1e6}
+
+
+def run_transfers(options: argparse.Namespace) -> dict[str, Any]:
+    """Merge with the arithmetic taken out: reads, copies to the device and back, writes."""
+    from merge.engine.terms import TermAdder
+
+    def read_only(
+        adder: TermAdder, tensor: Any, factors: Any, values: Any, start: int, **_: object
+    ) -> bool:
+        for term in tensor.deltas:
+            adder._delta(tensor, term, values, start)
+        return True
+
+    TermAdder.add = read_only  # type: ignore[method-assign]
+    return run_stage(options)
 
 
 def run_floor(options: argparse.Namespace) -> dict[str, Any]:
     """Read every input and write the output's size, by threads with reused buffers."""
-    sources = [os.open(path, os.O_RDONLY) for path in inputs(options)]
+    files = input_files(options.models, is_lora=options.lora)
+    sources = [os.open(path, os.O_RDONLY) for path in files]
     sizes = [os.fstat(source).st_size for source in sources]
     size = sizes[0]
     started = time.perf_counter()
     output = os.open(options.scratch / "out.safetensors", os.O_RDWR | os.O_CREAT, 0o600)
-    os.ftruncate(output, size)
+    os.ftruncate(output, size // options.narrowing)
     offsets = iter(range(0, size, CHUNK_BYTES))
     lock = threading.Lock()
 
@@ -87,7 +129,8 @@ def run_floor(options: argparse.Namespace) -> dict[str, Any]:
                 return
             for source in reversed(sources):
                 count = os.preadv(source, [buffer], offset)
-            os.pwrite(output, buffer[:count], offset)
+            count //= options.narrowing
+            os.pwrite(output, buffer[:count], offset // options.narrowing)
 
     threads = [threading.Thread(target=work) for _ in range(options.threads)]
     for thread in threads:
@@ -193,6 +236,7 @@ def run_compare(options: argparse.Namespace) -> dict[str, Any]:
 CHILDREN = {
     "naive": run_naive,
     "stage": run_stage,
+    "transfers": run_transfers,
     "floor": run_floor,
     "matmul": run_matmul,
     "fuse": run_fuse,
