@@ -740,6 +740,42 @@ def test_settings_outside_the_range_that_works_are_named(sd15: Pair, sdxl: Pair)
     assert "SDXL edits at 512 px: only 768" in lines(editor, resolution=512)
 
 
+# Compiled ----------------------------------------------------------------------------------------
+
+
+def test_a_unet_that_does_not_compile_says_so(
+    tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def compile_later(model: torch.nn.Module, **options: Any) -> None:
+        asked.update(options)
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found\nand more")
+
+        monkeypatch.setattr(model, "forward", fail)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_later)
+    editor = load_editor(tiny_sd15 / "target", device="cpu", compile_unet=True)
+    assert asked == {"mode": "default", "fullgraph": True, "dynamic": False}
+    with pytest.raises(DeviceError, match="compiled UNet failed: Invalid.* found\n") as error:
+        edit(editor, noise_picture(), "blue", EditSettings(resolution=48))
+    assert "edit without --compile" in error.value.hint
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_gives_the_same_picture(tiny_sd15: Path) -> None:
+    settings = EditSettings(resolution=48, image_guidance_scale=1.5)
+    results = [
+        edit(
+            load_editor(tiny_sd15 / "target", device="cpu", compile_unet=c), picture, "x", settings
+        )
+        for c, picture in ((False, noise_picture()), (True, noise_picture()))
+    ]
+    assert np.abs(results[0].image - results[1].image).max() < 1 / 255
+
+
 # On a GPU ----------------------------------------------------------------------------------------
 
 
@@ -779,3 +815,24 @@ def test_the_loop_never_waits_for_the_gpu(
     monkeypatch.setattr(batches, "denoise", strictly)
     result = edit(editor, noise_picture(), "blue", EditSettings(resolution=48))
     assert result.non_finite_count == 0
+
+
+@pytest.mark.gpu
+def test_a_compiled_unet_on_a_gpu_gives_the_same_pictures(tiny_sd15: Path) -> None:
+    settings = EditSettings(resolution=48, image_guidance_scale=1.5)
+    requests = [EditRequest(noise_picture(), "blue", seed) for seed in range(3)]
+    plain, compiled = (
+        list(
+            edit_many(
+                load_editor(
+                    tiny_sd15 / "target", device="cuda", dtype="float32", compile_unet=is_compiled
+                ),
+                requests,
+                settings,
+            )
+        )
+        for is_compiled in (False, True)
+    )
+    # Later ones run in the same graph, whose memory is used again.
+    for one, two in zip(plain, compiled, strict=True):
+        assert np.abs(one.image - two.image).max() < 2 / 255

@@ -67,6 +67,7 @@ def _timesteps(
         'edit outputs/demo photo.jpg "make it winter" -o out.png --seed 3 --guidance-scale 1.5',
         'edit outputs/demo photo.jpg "make it winter" --seed 0 --seed 1 --seed 2',
         'edit outputs/demo --images photos "make it winter" -o photos-in-winter --batch-size 4',
+        'edit outputs/demo --images photos "make it winter" --device cuda --compile',
     ),
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -141,6 +142,13 @@ def _timesteps(
     help="auto: float16 on a GPU, float32 on the CPU.",
 )
 @click.option(
+    "--compile",
+    "compile_unet",
+    is_flag=True,
+    help="Compile the UNet first, with CUDA graphs on a GPU: a minute for each picture size, then "
+    "faster. For many pictures.",
+)
+@click.option(
     "--config",
     type=click.Path(path_type=Path),
     help="For a single file: the pipeline folder with its tokenizers and configs.",
@@ -158,6 +166,7 @@ def edit_command(
     batch_size: int,
     device: str,
     dtype: str,
+    compile_unet: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -193,7 +202,9 @@ def edit_command(
     settings = EditSettings(seed=seeds[0], **options)
     # A wrong picture is said before the model is loaded.
     picture = load_image(image) if image is not None else None
-    editor = load_editor(checkpoint, config=config, device=device, dtype=dtype)
+    editor = load_editor(
+        checkpoint, config=config, device=device, dtype=dtype, compile_unet=compile_unet
+    )
     for line in editor.warnings_for(settings):
         _LOG.warning("%s", line)
     work = _Work(editor, settings, instruction, targets, picture)

@@ -82,7 +82,7 @@ def edit_many(
     Raises:
         ImageError: a setting is out of range (at once), or a picture cannot be read, or an
             instruction is empty (when its turn comes).
-        DeviceError: the device is out of memory.
+        DeviceError: the device is out of memory, or the UNet could not be compiled.
         ValueError: `batch_size` is below 1.
     """
     if batch_size < 1:
@@ -201,6 +201,14 @@ class _Session:
                 raise DeviceError(
                     f"the device is out of memory: {error}",
                     hint="use a smaller --resolution or --batch-size",
+                ) from error
+            except RuntimeError as error:
+                # What torch's compiler raises: it is a pile of programs that may be missing.
+                if not self.editor.is_compiled:
+                    raise
+                raise DeviceError(
+                    f"the compiled UNet failed: {str(error).strip().splitlines()[0]}",
+                    hint="edit without --compile, or install a C++ compiler and Triton",
                 ) from error
             results.update(zip(indices, batch, strict=True))
         for index in range(len(jobs)):
