@@ -156,6 +156,8 @@ def prepare(configuration: Configuration) -> None:
     command += ["--arch", configuration.arch, "--dtype", configuration.dtype]
     subprocess.run(command, check=True)
     (configuration.models / ".made-for-benchmark").touch()
+    # Else they would be written to the disk beside the first runs.
+    os.sync()
 
 
 def remove_unneeded(options: argparse.Namespace, done: str) -> None:
