@@ -12,8 +12,8 @@ MIB = 1024 * 1024
 # core's cache, enough that the interpreter's part of a block does not count. Measured with two
 # threads, 64Ki and 128Ki were slower by half and a fifth, 512Ki about the same.
 CPU_BLOCK_ELEMENTS = 256 * 1024
-# Rows of a LoRA's product that are made at once, in elements: with half of them the merge was slower
-# by a tenth, with a quarter by a third; twice as many gain nothing.
+# Rows of a LoRA's product that are made at once, in elements: with half of them the merge was
+# slower by a tenth, with a quarter by a third; twice as many gain nothing.
 PRODUCT_ELEMENTS = 2 * MIB
 # On a GPU a block has to be worth a kernel launch and a transfer.
 CUDA_BLOCK_ELEMENTS = 2 * MIB
