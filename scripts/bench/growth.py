@@ -33,7 +33,7 @@ from sides import WEIGHTS, merge_stage  # noqa: E402
 
 from merge.header import encode_header  # noqa: E402
 
-SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.5)
+SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0, 4.0)
 TENSORS = (10, 100, 1000, 5000, 20_000)
 LORAS = (1, 2, 4, 8)
 COLUMNS = 1024
