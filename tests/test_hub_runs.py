@@ -422,7 +422,13 @@ def test_runs_that_download_the_same_models_at_once_both_succeed(
     lines: list[list[object]] = [
         ["run", "fast.yaml", "--out", tmp_path / name, "--no-verify"] for name in ("a", "b")
     ]
-    for code, said in together(hub, tmp_path / "home", lines, prelude):
+    for line, (code, said) in zip(
+        lines, together(hub, tmp_path / "home", lines, prelude), strict=True
+    ):
+        if locks != "work" and "changed while it was in use" in said:
+            # The other run put its own download in place under our feet: told, and nothing is lost.
+            assert code == 4, said
+            ((code, said),) = together(hub, tmp_path / "home", [line], prelude)
         assert code == 0, said
     assert reproducible(tmp_path / "a") == reproducible(tmp_path / "b")
     assert not list((tmp_path / "home").rglob("*.incomplete"))
