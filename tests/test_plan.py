@@ -391,7 +391,7 @@ def test_planning_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
         "import sys\nfrom merge.cli.main import main\n"
         f"try:\n    main(['plan', {str(recipe)!r}, '--json'])\n"
         "except SystemExit as stop:\n"
-        "    heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'tqdm'} & set(sys.modules)\n"
         "    print(heavy or 'light', stop.code, file=sys.stderr)\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

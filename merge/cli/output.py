@@ -9,12 +9,14 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from merge.secrets import known_tokens, redact
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 TOKEN_HINT = "a token comes from HF_TOKEN or `hf auth login`, and from nowhere else"
 _STATE = {"debug": False}
@@ -123,12 +125,15 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` of a stage is finished; some stages count bytes."""
+        # Many commands show no bar, and it takes 0.06 s to import.
+        from tqdm import tqdm as bar_class
+
         with self._lock:
             if stage != self._stage:
                 self.close()
                 self._stage = stage
                 in_bytes = stage in _BYTE_STAGES
-                self._bar = tqdm(
+                self._bar = bar_class(
                     total=total,
                     desc=_STAGE_WORDS.get(stage, stage),
                     unit="B" if in_bytes else "",

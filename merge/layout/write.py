@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from merge.digest import FileDigest
 from merge.errors import CheckpointError
 from merge.header import DTYPE_BITS, Header, TensorSpec, encode_header
@@ -130,6 +128,9 @@ def _write_tensor(
 
 def _transposed(copy: TensorCopy, reader: FileReader, piece: TensorPiece) -> memoryview:
     """Return a matrix read whole and turned; the largest is a text projection of 7 MB."""
+    # Here, since planning needs this package and not numpy, which takes 0.1 s to import.
+    import numpy as np
+
     rows, columns = copy.shape
     data = bytearray(piece.size_bytes)
     reader.read_into(memoryview(data), piece.start)
