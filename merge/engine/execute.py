@@ -60,7 +60,7 @@ def execute_plan(
         device: CPU or CUDA.
         threads: Workers; each has its own buffers.
         on_frontier: Told, from any worker, up to which byte the file is final, and what was found
-            out about the tensors before.
+            out about the tensors that became final since the last call.
         finished: What an earlier run found out about the first tensors, which it wrote.
 
     Raises:
@@ -77,8 +77,8 @@ def execute_plan(
         states[unit.tensor].units_left += 1
     ends = [spec.start + spec.size_bytes for spec in component.out_header.tensors]
 
-    def report(position: int, count: int) -> None:
-        on_frontier(position, states[:count])
+    def report(position: int, before: int, after: int) -> None:
+        on_frontier(position, states[before:after])
 
     queue = WorkQueue(units, states, ends, report, done)
     block = CUDA_BLOCK_ELEMENTS if device.type == "cuda" else CPU_BLOCK_ELEMENTS

@@ -23,6 +23,8 @@ enum { IS_CHANGED = 1, IS_OUT_OF_RANGE = 2 };
 #define TARGET __attribute__((target("avx2,f16c")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define LANES 8
+/* Elements that every pass takes whole; a rest of fewer goes through a copy. */
+#define STEP 16
 
 API int fused_version(void) {
     __builtin_cpu_init();
@@ -36,6 +38,14 @@ INLINE __m256 widen(const void *from, int64_t index, int dtype) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+/* The upper half of each lane, to nearest even; the lower is left over. */
+INLINE __m256i rounded_to_bf16(__m256 values) {
+    /* Add half a step, less one where the last bit that stays is even. */
+    __m256i bits = _mm256_castps_si256(values);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
 INLINE void narrow(void *to, int64_t index, int dtype, __m256 values) {
     if (dtype == F32) {
         _mm256_storeu_ps((float *)to + index, values);
@@ -45,11 +55,7 @@ INLINE void narrow(void *to, int64_t index, int dtype, __m256 values) {
     if (dtype == F16) {
         half = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
     } else {
-        /* To nearest even: add half a step, less one where the last bit that stays is even. */
-        __m256i bits = _mm256_castps_si256(values);
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        bits = _mm256_srli_epi32(bits, 16);
+        __m256i bits = _mm256_srli_epi32(rounded_to_bf16(values), 16);
         half = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     }
     _mm_storeu_si128((__m128i *)((uint16_t *)to + index), half);
@@ -92,6 +98,34 @@ INLINE int delta_pass(void *out, int out_dtype, const void *target, int target_d
     return flags_of(deltas, outside);
 }
 
+/* The same for bfloat16 alone, which is the upper half of a float32: a pair is widened by a mask and
+   a shift where it stands, and nothing is moved from lane to lane. */
+INLINE int bf16_delta_pass(void *out, const void *target, const void *distilled, const void *base,
+                           float weight, int64_t count) {
+    __m256 scale = _mm256_set1_ps(weight), limit = limit_of(BF16);
+    __m256 deltas = _mm256_setzero_ps(), outside = _mm256_setzero_ps();
+    __m256i upper = _mm256_set1_epi32((int)0xffff0000u);
+#define PAIRS(from) _mm256_loadu_si256((const __m256i *)((const uint16_t *)(from) + i))
+#define EVEN(pairs) _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))
+#define ODD(pairs) _mm256_castsi256_ps(_mm256_and_si256(pairs, upper))
+    for (int64_t i = 0; i < count; i += STEP) {
+        __m256i t = PAIRS(target), d = PAIRS(distilled), b = PAIRS(base);
+        __m256 even_delta = _mm256_mul_ps(_mm256_sub_ps(EVEN(d), EVEN(b)), scale);
+        __m256 odd_delta = _mm256_mul_ps(_mm256_sub_ps(ODD(d), ODD(b)), scale);
+        __m256 even = _mm256_add_ps(EVEN(t), even_delta), odd = _mm256_add_ps(ODD(t), odd_delta);
+        deltas = _mm256_or_ps(deltas, _mm256_or_ps(even_delta, odd_delta));
+        outside = _mm256_or_ps(outside, out_of_range(even, limit));
+        outside = _mm256_or_ps(outside, out_of_range(odd, limit));
+        __m256i low = _mm256_srli_epi32(rounded_to_bf16(even), 16);
+        __m256i high = _mm256_and_si256(rounded_to_bf16(odd), upper);
+        _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), _mm256_or_si256(low, high));
+    }
+#undef PAIRS
+#undef EVEN
+#undef ODD
+    return flags_of(deltas, outside);
+}
+
 INLINE int product_pass(void *out, int out_dtype, const void *target, int target_dtype,
                         const double *product, double factor, int64_t count) {
     __m256d scale = _mm256_set1_pd(factor);
@@ -113,13 +147,14 @@ INLINE int product_pass(void *out, int out_dtype, const void *target, int target
 TARGET API int fused_add_delta(void *out, int out_dtype, const void *target, int target_dtype,
                                const void *distilled, int distilled_dtype, const void *base,
                                int base_dtype, float weight, int64_t count) {
-    int64_t whole = count & ~(int64_t)(LANES - 1), left = count - whole;
+    int64_t whole = count & ~(int64_t)(STEP - 1), left = count - whole;
     int flags;
     /* The usual cases by themselves: their branches on dtypes are gone, which halves their time. */
 #define PASS(from, to) delta_pass(out, to, target, from, distilled, from, base, from, weight, whole)
     int from = target_dtype == distilled_dtype && target_dtype == base_dtype ? target_dtype : -1;
     if (from == F16 && out_dtype == F16) flags = PASS(F16, F16);
-    else if (from == BF16 && out_dtype == BF16) flags = PASS(BF16, BF16);
+    else if (from == BF16 && out_dtype == BF16)
+        flags = bf16_delta_pass(out, target, distilled, base, weight, whole);
     else if (from == F32 && out_dtype == F16) flags = PASS(F32, F16);
     else if (from == F32 && out_dtype == F32) flags = PASS(F32, F32);
     else
@@ -127,7 +162,7 @@ TARGET API int fused_add_delta(void *out, int out_dtype, const void *target, int
                            base_dtype, weight, whole);
 #undef PASS
     if (!left) return flags;
-    float ends[4][LANES] = {{0}};
+    float ends[4][STEP] = {{0}};
     const void *inputs[3] = {target, distilled, base};
     int dtypes[3] = {target_dtype, distilled_dtype, base_dtype};
     for (int i = 0; i < 3; i++) {
@@ -135,7 +170,7 @@ TARGET API int fused_add_delta(void *out, int out_dtype, const void *target, int
         memcpy(ends[i], (const char *)inputs[i] + whole * width, (size_t)(left * width));
     }
     flags |= delta_pass(ends[3], out_dtype, ends[0], target_dtype, ends[1], distilled_dtype, ends[2],
-                        base_dtype, weight, LANES);
+                        base_dtype, weight, STEP);
     int width = width_of(out_dtype);
     memcpy((char *)out + whole * width, ends[3], (size_t)(left * width));
     return flags;
@@ -144,15 +179,15 @@ TARGET API int fused_add_delta(void *out, int out_dtype, const void *target, int
 /* out = round(target + float32(product * factor)) for `count` elements; returns flags. */
 TARGET API int fused_add_product(void *out, int out_dtype, const void *target, int target_dtype,
                                  const double *product, double factor, int64_t count) {
-    int64_t whole = count & ~(int64_t)(LANES - 1), left = count - whole;
+    int64_t whole = count & ~(int64_t)(STEP - 1), left = count - whole;
     int flags = product_pass(out, out_dtype, target, target_dtype, product, factor, whole);
     if (!left) return flags;
-    float ends[2][LANES] = {{0}};
-    double end[LANES] = {0};
+    float ends[2][STEP] = {{0}};
+    double end[STEP] = {0};
     memcpy(ends[0], (const char *)target + whole * width_of(target_dtype),
            (size_t)(left * width_of(target_dtype)));
     memcpy(end, product + whole, (size_t)left * sizeof(double));
-    flags |= product_pass(ends[1], out_dtype, ends[0], target_dtype, end, factor, LANES);
+    flags |= product_pass(ends[1], out_dtype, ends[0], target_dtype, end, factor, STEP);
     memcpy((char *)out + whole * width_of(out_dtype), ends[1],
            (size_t)(left * width_of(out_dtype)));
     return flags;

@@ -67,14 +67,15 @@ class WorkQueue:
         units: All work.
         states: One per tensor.
         ends: For each tensor the position after its last byte in the output file.
-        on_frontier: Called with the new frontier in bytes and in tensors, one call at a time.
+        on_frontier: Called with the new frontier in bytes, the old and the new one in tensors, one
+            call at a time.
         finished: Tensors that were final before.
     """
 
     units: Sequence[Unit]
     states: Sequence[TensorState]
     ends: Sequence[int]
-    on_frontier: Callable[[int, int], None]
+    on_frontier: Callable[[int, int, int], None]
     finished: int = 0
     _next: int = 0
     _stopped: bool = False
@@ -118,4 +119,4 @@ class WorkQueue:
             while self.finished < len(self._done) and self._done[self.finished]:
                 self.finished += 1
             if self.finished > before:
-                self.on_frontier(self.ends[self.finished - 1], self.finished)
+                self.on_frontier(self.ends[self.finished - 1], before, self.finished)

@@ -121,21 +121,20 @@ class _Job:
             digest = FileDigest(writer.read_into, header, total, progress.write)
 
             def on_frontier(position: int, states: Sequence[TensorState]) -> None:
-                nonlocal finished
-                finished = states
-                digest.advance(position, is_marked=progress.note(position, states))
+                finished.extend(states)
+                digest.advance(position, is_marked=progress.note(position, finished))
                 self.on_bytes(self._before + position, self.plan.merged_bytes)
 
             mark = time.perf_counter()
             try:
                 digest.advance(position)
                 try:
-                    result = self._execute(component, writer, on_frontier, finished)
+                    result = self._execute(component, writer, on_frontier, tuple(finished))
                 except DeviceMemoryError as error:
                     if not self.may_fall_back or self.device.type == "cpu":
                         raise
                     self._fall_back(error)
-                    result = self._execute(component, writer, on_frontier, finished)
+                    result = self._execute(component, writer, on_frontier, tuple(finished))
                 mark = self._lap("merge", mark)
                 sha256 = digest.result()
                 mark = self._lap("hash_output", mark)
@@ -194,7 +193,7 @@ class _Progress:
         self._tensors = 0
         self._position = 0
 
-    def check(self, writer: TensorFileWriter, header: bytes) -> tuple[Sequence[TensorState], int]:
+    def check(self, writer: TensorFileWriter, header: bytes) -> tuple[list[TensorState], int]:
         """Hash what an earlier run wrote; return what it found out and where to go on."""
         from merge.engine import TensorState
 

@@ -4,8 +4,9 @@
     python scripts/bench/plot.py                      # draws it
 
 Each point is a process of its own: it plans from headers, then merges without hashes, with inputs
-in the page cache where they fit and the output on tmpfs. The smallest of three runs counts, since
-all that can disturb makes it slower.
+in the page cache and the output on tmpfs. Beyond what a cache holds, inputs are sparse files that
+no cache has: every byte is a page that the kernel makes anew, with no disk below it. The smallest
+of three runs counts, since all that can disturb makes it slower.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sides import WEIGHTS, merge_stage  # noqa: E402
 from merge.header import encode_header  # noqa: E402
 
 SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0, 4.0)
+SPARSE_SIZES_GB = (0.1, 1.0, 2.5, 5.0, 7.5, 10.0)
 TENSORS = (10, 100, 1000, 5000, 20_000)
 LORAS = (1, 2, 4, 8)
 COLUMNS = 1024
@@ -45,9 +47,12 @@ def main() -> None:
     if options.child is not None:
         print(json.dumps(run_point(options.child, options.threads)))
         return
-    points: dict[str, list[dict[str, Any]]] = {"size": [], "tensors": [], "loras": []}
+    points: dict[str, list[dict[str, Any]]] = {"size": [], "sparse": [], "tensors": [], "loras": []}
     for size in SIZES_GB:
         points["size"].append(measure(options, {"gigabytes": size, "tensors": 200}))
+    for size in SPARSE_SIZES_GB:
+        point = {"gigabytes": size, "tensors": 200, "sparse": True}
+        points["sparse"].append(measure(options, point))
     for count in TENSORS:
         points["tensors"].append(measure(options, {"gigabytes": 0.2, "tensors": count}))
     for count in LORAS:
@@ -77,10 +82,11 @@ def measure(options: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any
         write_models(folder, **point)
         recipe(folder, scratch, point.get("loras", 0))
         words = [sys.executable, __file__, "--threads", str(options.threads)]
-        rows = [
-            json.loads(subprocess.check_output([*words, "--child", str(scratch)]))
-            for _ in range(options.runs)
-        ]
+        rows = []
+        for _ in range(options.runs):
+            if point.get("sparse"):
+                drop_from_cache(folder)
+            rows.append(json.loads(subprocess.check_output([*words, "--child", str(scratch)])))
     best = {name: min(row[name] for row in rows) for name in rows[0]}
     print(point, {name: round(value, 3) for name, value in best.items()}, file=sys.stderr)
     return point | best
@@ -95,11 +101,21 @@ def recipe(folder: Path, scratch: Path, loras: int) -> None:
     (scratch / "recipe.yaml").write_text(json.dumps({"name": "growth", "models": models}))
 
 
-def write_models(folder: Path, gigabytes: float, tensors: int, loras: int = 0) -> None:
+def drop_from_cache(folder: Path) -> None:
+    """Let the kernel forget the models' pages."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_models(
+    folder: Path, gigabytes: float, tensors: int, loras: int = 0, sparse: bool = False
+) -> None:
     """Write models of `(rows, 1024)` float16 weights, and a first layer."""
     rows = max(1, int(gigabytes * 1e9 / 2 / COLUMNS / tensors))
     shapes = {f"mid_block.part{index}.weight": (rows, COLUMNS) for index in range(tensors)}
-    rng = np.random.default_rng(0)
+    rng = None if sparse else np.random.default_rng(0)
     first = {"conv_in.weight": (8, 4, 3, 3)}
     write_file(folder / "target" / WEIGHTS, {**shapes, "conv_in.weight": (8, 8, 3, 3)}, rng)
     config = {"_class_name": "UNet2DConditionModel", "in_channels": 8}
@@ -116,9 +132,16 @@ def write_models(folder: Path, gigabytes: float, tensors: int, loras: int = 0) -
         write_file(folder / f"lora{index}.safetensors", factors, rng)
 
 
-def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> None:
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator | None
+) -> None:
+    """Write a file of random values, or of zeros that take no room on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header, parsed = encode_header({key: ("F16", shape) for key, shape in shapes.items()}, {})
+    if rng is None:
+        path.write_bytes(header)
+        os.truncate(path, parsed.file_bytes)
+        return
     block = (rng.standard_normal(4 * 2**20) * 0.02).astype(np.float16).tobytes()
     with path.open("wb") as file:
         file.write(header)

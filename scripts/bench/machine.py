@@ -67,16 +67,19 @@ def _rounded(value: Any) -> Any:
 
 
 @contextmanager
-def scratch_folder(needed_bytes: float, *, within: float = 1.0) -> Iterator[Path]:
+def scratch_folder(
+    needed_bytes: float, *, cached_bytes: float = 0, within: float = 1.0
+) -> Iterator[Path]:
     """Give a folder on tmpfs if so much fits there and into memory, else on the disk.
 
     Args:
         needed_bytes: What will be written.
-        within: How much of the available memory it may take.
+        cached_bytes: What has to stay in the page cache beside it.
+        within: How much of the available memory both may take.
     """
     shm = Path("/dev/shm")
     fits = shm.is_dir() and shutil.disk_usage(shm).free > needed_bytes
-    fits = fits and available_bytes() * within > needed_bytes
+    fits = fits and available_bytes() * within > needed_bytes + cached_bytes
     (ROOT / "outputs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix="merge-bench-", dir=shm if fits else ROOT / "outputs"

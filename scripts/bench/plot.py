@@ -15,20 +15,37 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MERGE, PLAN = ("merge_s", "merge"), ("plan_s", "plan")
+# Each panel's key, label and unit, and its lines: points, field, words.
 PANELS = (
-    ("size", "gigabytes", "size of each model, GB", "s per GB"),
-    ("tensors", "tensors", "tensors (0.2 GB in all)", "s per tensor"),
-    ("loras", "loras", "LoRAs of rank 32 (0.5 GB model)", "s per LoRA"),
+    (
+        "gigabytes",
+        "size of each model, GB",
+        "s per GB",
+        (("sparse", "merge_s", "merge, not cached"), ("size", "merge_s", "merge, cached")),
+    ),
+    (
+        "tensors",
+        "tensors (0.2 GB in all)",
+        "s per tensor",
+        (("tensors", *MERGE), ("tensors", *PLAN)),
+    ),
+    (
+        "loras",
+        "LoRAs of rank 32 (0.5 GB model)",
+        "s per LoRA",
+        (("loras", *MERGE), ("loras", *PLAN)),
+    ),
 )
 
 
 def main() -> None:
     tree = json.loads((RESULTS / "growth.json").read_text())
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for axis, (name, key, label, unit) in zip(axes, PANELS, strict=True):
-        points = tree["points"][name]
-        x = np.array([point[key] for point in points], dtype=float)
-        for field, words in (("merge_s", "merge"), ("plan_s", "plan")):
+    for axis, (key, label, unit, lines) in zip(axes, PANELS, strict=True):
+        for name, field, words in lines:
+            points = tree["points"][name]
+            x = np.array([point[key] for point in points], dtype=float)
             y = np.array([point[field] for point in points])
             slope, start = np.polyfit(x, y, 1)
             (line,) = axis.plot(x, y, "o", label=f"{words}: {slope:.3g} {unit}")
