@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from merge import load_recipe, run_recipe
 from merge.engine import fused
 from merge.engine.fused import LIBRARY, load_library
 from merge.errors import NonFiniteError
+from merge.plan.memory import panel_elements
 from scripts.build_fused import compile_library
 from tests.mini import contents, numpy_float32, numpy_round, random_tensors, write_recipe
 from tests.mini import write_unet as write
@@ -135,6 +137,75 @@ def test_a_product_is_rounded_once_and_added_once(
     assert bool(flags & CHANGED) == bool((delta != 0).any())
 
 
+def add_low_rank(
+    out: str, target: tuple[str, torch.Tensor], up: np.ndarray, down: np.ndarray, factor: float
+) -> tuple[np.ndarray, int]:
+    """Call the library; return the result's bits, `(rows, columns)`, and its flags."""
+    library = load_library()
+    assert library is not None
+    code, values = target
+    rows, columns = values.shape
+    panels = np.full(panel_elements(len(down), columns) + 16, 7.25)
+    library.fused_pack_panels(panels.ctypes.data, down.ctypes.data, *down.shape)
+    assert (panels[-16:] == 7.25).all()
+    result = np.full(rows * columns + 16, 0x5A5A, dtype=WIDTHS[out])
+    flags = library.fused_add_low_rank(
+        result.ctypes.data, CODES[out], values.data_ptr(), CODES[code], up.ctypes.data,
+        panels.ctypes.data, factor, len(down), rows, columns,
+    )  # fmt: skip
+    assert (result[-16:] == 0x5A5A).all()
+    return result[:-16].reshape(rows, columns), flags
+
+
+def exact_factors(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Values whose sums of products are exact in float64, whatever their order."""
+    return rng.integers(-1000, 1001, shape) * 2.0**-9
+
+
+@needs_library
+@pytest.mark.parametrize(("code", "out"), list(itertools.product(DTYPES, repeat=2)))
+def test_a_low_rank_product_has_the_bits_of_numpy(code: str, out: str) -> None:
+    rng = np.random.default_rng(3)
+    for rows, columns, rank in [
+        *itertools.product(range(1, 14), (1, 3, 8, 9, 16, 23), (1, 5)), (40, 129, 64), (7, 8, 300)
+    ]:  # fmt: skip
+        up, down = exact_factors(rng, rows, rank), exact_factors(rng, rank, columns)
+        target = torch.from_numpy(exact_factors(rng, rows, columns)).to(DTYPES[code])
+        found, flags = add_low_rank(out, (code, target), up, down, 0.3)
+        delta = ((up @ down) * 0.3).astype(np.float32)
+        expected = numpy_round(numpy_float32(target) + delta, DTYPES[out])
+        np.testing.assert_array_equal(found, expected)
+        assert flags == (CHANGED if delta.any() else 0)
+
+
+@needs_library
+def test_a_sum_over_the_rank_is_a_chain_of_fused_multiply_adds() -> None:
+    # On every machine, so that every machine has the same bits.
+    rng = np.random.default_rng(4)
+    up, down = rng.standard_normal((13, 21)), rng.standard_normal((21, 19))
+    found, _ = add_low_rank("F32", ("F32", torch.zeros(13, 19)), up, down, 2.0**60)
+    for row, column in itertools.product(range(13), range(19)):
+        total = 0.0
+        for one, other in zip(up[row], down[:, column], strict=True):
+            total = float(Fraction(float(one)) * Fraction(float(other)) + Fraction(total))
+        assert found[row, column] == np.float32(total * 2.0**60).view(np.uint32)
+
+
+@needs_library
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300])
+def test_a_factor_that_is_too_large_is_told_wherever_it_is(out: str, value: float) -> None:
+    for row, column in itertools.product((0, 5, 6, 12), (0, 8, 18)):
+        for is_up in (True, False):
+            up, down = np.ones((13, 3)), np.ones((3, 19))
+            (up if is_up else down)[(row, 1) if is_up else (1, column)] = value
+            flags = add_low_rank(out, ("F16", torch.zeros(13, 19).half()), up, down, 0.5)[1]
+            assert flags & OUTSIDE
+    zeros = np.zeros((13, 3))
+    found = add_low_rank(out, ("F16", torch.zeros(13, 19).half()), zeros, np.ones((3, 19)), 0.5)
+    assert found[1] == 0
+
+
 @needs_library
 @pytest.mark.parametrize("place", [0, 7, 8, 12])
 @pytest.mark.parametrize("out", DTYPES)
@@ -247,7 +318,7 @@ def test_without_a_library_torch_is_used(tmp_path: Path, content: bytes | None) 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("#define VERSION 1", "#define VERSION 2"),
+        ("#define VERSION 2", "#define VERSION 1"),
         ("int fused_add_delta(", "int fused_add_other("),
     ],
 )
@@ -262,8 +333,14 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, old: str, new:
     [
         ("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
         ("delta = _mm256_mul_ps(delta, scale);", "delta = _mm256_mul_ps(delta, limit);"),
-        ("for (int64_t i = 0; i < count; i += STEP)", "for (int64_t i = 0; i < count - 16; i += STEP)"),
+        (
+            "for (int64_t i = 0; i < count; i += STEP)",
+            "for (int64_t i = 0; i < count - 16; i += STEP)",
+        ),
         ("_mm256_mul_pd(_mm256_loadu_pd(product + i + 4), scale)", "scale"),
+        ("_mm256_mul_pd(sums[i][1], all->factor)", "sums[i][1]"),
+        ("panels[i] = i < valid ? from[i] : 0.0", "panels[i] = from[0]"),
+        ("case 5: low_rank_tile(&all, up, panels, row, column, 5)", "case 5: break"),
     ],
 )
 def test_a_library_that_rounds_otherwise_is_not_used(

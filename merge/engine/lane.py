@@ -115,13 +115,19 @@ class Lane:
         factors = self._adder.read_factors(tensor)
         self._prefetch(tensor, unit)
         width = DTYPE_BITS[tensor.dtype_out] // 8
-        for start, count in self._blocks(tensor, factors, unit):
-            if tensor.loras:
+        found = self._adder.low_rank(tensor, factors) if tensor.loras else None
+        low_rank = fused.pack(*found) if found is not None else None
+        for start, count in self._blocks(tensor, factors, unit, makes_products=found is None):
+            if low_rank is not None:
+                data, is_changed = fused.add_low_rank(tensor, start, count, low_rank)
+            elif tensor.loras:
                 product, factor = self._adder.product(tensor, start, count)
                 data, is_changed = fused.add_product(tensor, start, product, factor)
             else:
                 data, is_changed = fused.add_delta(tensor, start, count)
             if data is None:
+                if low_rank is not None:
+                    self._adder.prepare(tensor, factors, start, count)
                 values = self._summed(tensor, factors, start, count, state)
                 self._write(tensor, unit.tensor, values, start, state)
                 continue
@@ -143,20 +149,26 @@ class Lane:
         return values
 
     def _blocks(
-        self, tensor: TensorPlan, factors: Sequence[Factors], unit: Unit
+        self,
+        tensor: TensorPlan,
+        factors: Sequence[Factors],
+        unit: Unit,
+        *,
+        makes_products: bool = True,
     ) -> Iterator[tuple[int, int]]:
-        """Yield first element and length of each block of a unit."""
+        """Yield first element and length of each block of a unit, its adapters multiplied."""
         outer = step = self._plain_block
         if tensor.is_by_row:
             row = tensor.row_elements
             outer = step = max(1, self._plain_block // row) * row
-            if tensor.loras:
+            if tensor.loras and makes_products:
                 # A product of many rows is faster than several of few; what follows is not.
                 outer = max(step, PRODUCT_ELEMENTS // row * row)
         end = unit.start + unit.count
         for begin in range(unit.start, end, outer):
             stop = min(begin + outer, end)
-            self._adder.prepare(tensor, factors, begin, stop - begin)
+            if makes_products:
+                self._adder.prepare(tensor, factors, begin, stop - begin)
             for start in range(begin, stop, step):
                 yield start, min(step, stop - start)
 

@@ -173,6 +173,26 @@ class TermAdder:
     def _is_lone(tensor: TensorPlan) -> bool:
         return len(tensor.loras) == 1 and tensor.loras[0].base is None
 
+    def low_rank(
+        self, tensor: TensorPlan, factors: Sequence[Factors]
+    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return the two factors of a row's only adapter as matrices, and what its product lacks.
+
+        Args:
+            tensor: The row.
+            factors: From `read_factors`.
+
+        Returns:
+            `(rows, rank)` and `(rank, columns)` in float64, and a factor; None for what is not a
+            product of two matrices alone.
+        """
+        if not self._is_lone(tensor) or tensor.loras[0].form != "lora":
+            return None
+        (term,), (parts,) = tensor.loras, factors
+        up, down = parts["up"].reshape(term.rows, -1), parts["down"]
+        factor = 1.0 if self._is_folded(term) else term.scale
+        return up, down.reshape(len(down), -1), factor
+
     def product(self, tensor: TensorPlan, start: int, count: int) -> tuple[torch.Tensor, float]:
         """Return the sum of a row's adapters for a block of it; after `prepare`.
 

@@ -39,6 +39,11 @@ def default_threads(device: str = "cpu") -> int:
     return min(os.cpu_count() or 1, _MAX_CPU_THREADS)
 
 
+def panel_elements(rank: int, columns: int) -> int:
+    """Return the elements of a LoRA's `down` once it is packed in panels of eight columns."""
+    return rank * -(-columns // 8) * 8
+
+
 def block_elements(tensors: Sequence[TensorPlan], plain_block: int) -> int:
     """Return the largest block that a worker handles, in elements."""
     rows = (tensor.row_elements for tensor in tensors if tensor.is_by_row)
@@ -62,7 +67,9 @@ def _grown(tensor: TensorPlan, block: int) -> int:
     factors = sum(ref.element_count for term in tensor.loras for ref in term.refs)
     if any(term.base is not None for term in tensor.loras):
         factors += count
-    products = 2 * count if tensor.loras else 0
+    # Where sums are compiled, a lone LoRA has a second copy of a factor instead of its product, and
+    # a product where a value is too large.
+    products = max(2 * count, count + factors) if tensor.loras else 0
     floats = 0
     if tensor.is_whole:
         # The target, each delta, one base, and what its method sorts or masks.

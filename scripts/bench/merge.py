@@ -45,7 +45,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent))
 import machine  # noqa: E402
 import rivals  # noqa: E402
 import tables  # noqa: E402
-from sides import CHILDREN, CHUNK_BYTES, MODELS, input_files  # noqa: E402
+from sides import CHILDREN, CHUNK_BYTES, MODELS, PREVIOUS, input_files  # noqa: E402
 
 MODELS_FOLDER = ROOT / "outputs" / "bench"
 Runs = dict[str, list[dict[str, Any]]]
@@ -245,17 +245,27 @@ class _Run:
         self.threads = configuration.threads or min(os.cpu_count() or 1, 8)
         self.output = scratch / "out.safetensors"
         self.reference = scratch / "reference.safetensors"
+        self.previous = scratch / PREVIOUS
 
     def measure(self, side: str) -> dict[str, Any]:
         """Run one side and return its seconds and memory, and the bytes that it wrote."""
-        for path in self.scratch.iterdir():
-            if path != self.reference:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._clear(keeps_one=side in ("matmul", "transfers", "stage", "floor"))
         self._set_cache()
         row = self._run(side)
-        written = (path for path in self.scratch.rglob("*.safetensors") if path != self.reference)
-        row["written_bytes"] = sum(path.stat().st_size for path in written)
+        row["written_bytes"] = sum(path.stat().st_size for path in self._outputs())
         return row
+
+    def _outputs(self) -> list[Path]:
+        kept = (self.reference, self.previous)
+        return [path for path in self.scratch.rglob("*.safetensors") if path not in kept]
+
+    def _clear(self, *, keeps_one: bool) -> None:
+        """Remove what the side before wrote, or leave that to the next side."""
+        if keeps_one and (found := self._outputs()):
+            max(found, key=lambda path: path.stat().st_size).replace(self.previous)
+        for path in self.scratch.iterdir():
+            if path != self.reference and not (keeps_one and path == self.previous):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def compare(self, side: str) -> None:
         """Keep the naive result, and compare ours with it."""

@@ -17,6 +17,9 @@ from typing import Any
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODELS = ("target", "distilled", "base")
 CHUNK_BYTES = 1024 * 1024
+# The output of the side before. A virtual machine gives freed memory back to its host within two
+# seconds, and getting it again takes as long as a merge: what is timed frees it at the last moment.
+PREVIOUS = "previous.safetensors"
 
 
 def input_files(models: Path, *, is_lora: bool) -> list[Path]:
@@ -55,6 +58,7 @@ def merge_stage(folder: Path, threads: int, device: str) -> dict[str, float]:
     where = choose_device(device)
     if device != "cpu":
         _start_cuda(where)
+    (folder / PREVIOUS).unlink(missing_ok=True)
     started, cpu = time.perf_counter(), time.process_time()
     (unet,) = plan.components
     with TensorFileWriter(folder / "out.safetensors", unet.out_header.file_bytes) as writer:
@@ -114,6 +118,7 @@ def run_floor(options: argparse.Namespace) -> dict[str, Any]:
     sources = [os.open(path, os.O_RDONLY) for path in files]
     sizes = [os.fstat(source).st_size for source in sources]
     size = sizes[0]
+    (options.scratch / PREVIOUS).unlink(missing_ok=True)
     started = time.perf_counter()
     output = os.open(options.scratch / "out.safetensors", os.O_RDWR | os.O_CREAT, 0o600)
     os.ftruncate(output, size // options.narrowing)
