@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, make_buffers
-from merge.engine.fused import FusedAdder, load_library
+from merge.engine.fused import FusedAdder, LowRank, load_library
 from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
@@ -54,6 +54,8 @@ class Lane:
         is_cuda = device.type == "cuda"
         library = None if is_cuda or METHODS[plan.method].combine else load_library()
         self._fused = FusedAdder(library, self._buffers) if library is not None else None
+        # The adapter of the tensor that was merged last, for the next unit of it.
+        self._packed: tuple[int, LowRank] | None = None
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def run(self, unit: Unit, state: TensorState) -> None:
@@ -63,6 +65,9 @@ class Lane:
             NonFiniteError: an input or the result is not finite, or out_dtype cannot hold it.
         """
         tensor = self._component.tensors[unit.tensor]
+        if self._packed is not None and self._packed[0] != unit.tensor:
+            # Others use the same memory.
+            self._packed = None
         with torch.inference_mode(), self._on_stream():
             if not tensor.is_merged:
                 self._keep_unit(tensor, unit, state)
@@ -112,12 +117,14 @@ class Lane:
         self, fused: FusedAdder, tensor: TensorPlan, unit: Unit, state: TensorState
     ) -> None:
         """Merge and write a unit in one pass a block; what is out of range goes the long way."""
-        factors = self._adder.read_factors(tensor)
         self._prefetch(tensor, unit)
         width = DTYPE_BITS[tensor.dtype_out] // 8
-        found = self._adder.low_rank(tensor, factors) if tensor.loras else None
-        low_rank = fused.pack(*found) if found is not None else None
-        for start, count in self._blocks(tensor, factors, unit, makes_products=found is None):
+        factors: list[Factors] = []
+        low_rank = self._packed[1] if self._packed is not None else None
+        if low_rank is None:
+            factors = self._adder.read_factors(tensor)
+            low_rank = self._pack(fused, unit.tensor, factors)
+        for start, count in self._blocks(tensor, factors, unit, makes_products=low_rank is None):
             if low_rank is not None:
                 data, is_changed = fused.add_low_rank(tensor, start, count, low_rank)
             elif tensor.loras:
@@ -127,12 +134,21 @@ class Lane:
                 data, is_changed = fused.add_delta(tensor, start, count)
             if data is None:
                 if low_rank is not None:
+                    factors = factors or self._adder.read_factors(tensor)
                     self._adder.prepare(tensor, factors, start, count)
                 values = self._summed(tensor, factors, start, count, state)
                 self._write(tensor, unit.tensor, values, start, state)
                 continue
             state.changed = state.changed or is_changed
             self._writer.write(data, self._starts[unit.tensor] + start * width)
+
+    def _pack(self, fused: FusedAdder, index: int, factors: Sequence[Factors]) -> LowRank | None:
+        """Lay out a tensor's adapter, if it has but one, of two matrices; keep it."""
+        found = self._adder.low_rank(self._component.tensors[index], factors)
+        if found is None:
+            return None
+        self._packed = index, fused.pack(*found)
+        return self._packed[1]
 
     def _summed(
         self,
