@@ -20,6 +20,7 @@ from merge.methods import METHODS
 from tests.mini import bits, write_models, write_unet
 from tests.test_lora_merge import CONV, CONV_IN, DORA, FORMS, PROJ, TO_K, Tensors, kohya, random
 from tests.test_methods_merge import BIG, merge, write_two, write_two_recipe
+from tests.test_settle import order_matters
 
 DEVICE = "cuda"
 # Several blocks of the engine and several pieces of the methods, with ragged ends.
@@ -47,6 +48,10 @@ def adapters() -> dict[str, Tensors]:
         **kohya(CONV, random(32, down=(5, 8, 3, 3), up=(8, 5, 1, 1))),
     }
     files["a narrow conv_in"] = kohya(CONV_IN, random(60, down=(2, 4, 3, 3), up=(8, 2, 1, 1)))
+    up, down = order_matters(8, 72)
+    files["float32, next to ties"] = kohya(
+        CONV, {"down": down.view(-1, 8, 3, 3), "up": up.view(8, -1, 1, 1)}
+    )
     files["large"] = kohya(
         BIG.removesuffix(".weight"), random(90, down=(64, LARGE[1]), up=(LARGE[0], 64))
     )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, Buffers
+from merge.engine.settle import Product
 from merge.plan.memory import panel_elements
 from merge.plan.model import TensorPlan
 
@@ -170,14 +171,9 @@ class FusedAdder:
         )
         return self._result(tensor, count, flags)
 
-    def pack(self, up: torch.Tensor, down: torch.Tensor, factor: float) -> LowRank:
-        """Lay out the factors of a LoRA for `add_low_rank`; they stay until the next call.
-
-        Args:
-            up: `(rows, rank)` in float64, contiguous.
-            down: `(rank, columns)`, likewise.
-            factor: What their product is still to be multiplied by.
-        """
+    def pack(self, product: Product) -> LowRank:
+        """Lay out the factors of a LoRA for `add_low_rank`; they stay until the next call."""
+        up, down, factor = product.up, product.down, product.scale
         rank, columns = down.shape
         count = panel_elements(rank, columns)
         panels = self._buffers.grown(torch.float64, _PANELS, count)

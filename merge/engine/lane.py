@@ -147,7 +147,7 @@ class Lane:
         found = self._adder.low_rank(self._component.tensors[index], factors)
         if found is None:
             return None
-        self._packed = index, fused.pack(*found)
+        self._packed = index, fused.pack(found)
         return self._packed[1]
 
     def _summed(

@@ -9,6 +9,7 @@ import torch
 
 from merge.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
+from merge.engine.settle import Product, settle
 from merge.lora import delta_rows, dora_delta_rows, row_steps
 from merge.methods import METHODS
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
@@ -148,6 +149,7 @@ class TermAdder:
         rows = count // tensor.row_elements
         covered = tensor.delta_row_elements
         total = self._buffers.grown(torch.float64, 0, rows * covered).view(rows, covered)
+        products = []
         for index, (term, parts) in enumerate(zip(tensor.loras, factors, strict=True)):
             product = total
             if index:
@@ -158,7 +160,11 @@ class TermAdder:
             self._product(term, parts, first, product, scale, term.weight)
             if index:
                 total += product
+            if term.form == "lora":
+                products.append(_matrices(term, parts, first, rows, scale))
         self._prepared, self._first_row = total, first
+        if _depends_on_order(tensor.loras):
+            settle(total, products, self.product(tensor, start, count)[1])
 
     def _is_folded(self, term: LoraTerm) -> bool:
         """Return True when the scale is put into a factor, where there are fewer elements.
@@ -173,25 +179,15 @@ class TermAdder:
     def _is_lone(tensor: TensorPlan) -> bool:
         return len(tensor.loras) == 1 and tensor.loras[0].base is None
 
-    def low_rank(
-        self, tensor: TensorPlan, factors: Sequence[Factors]
-    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return the two factors of a row's only adapter as matrices, and what its product lacks.
+    def low_rank(self, tensor: TensorPlan, factors: Sequence[Factors]) -> Product | None:
+        """Return a row's only adapter and the scale that it lacks, from `read_factors`.
 
-        Args:
-            tensor: The row.
-            factors: From `read_factors`.
-
-        Returns:
-            `(rows, rank)` and `(rank, columns)` in float64, and a factor; None for what is not a
-            product of two matrices alone.
+        None for what is not a product of two matrices alone.
         """
         if not self._is_lone(tensor) or tensor.loras[0].form != "lora":
             return None
         (term,), (parts,) = tensor.loras, factors
-        up, down = parts["up"].reshape(term.rows, -1), parts["down"]
-        factor = 1.0 if self._is_folded(term) else term.scale
-        return up, down.reshape(len(down), -1), factor
+        return _matrices(term, parts, 0, term.rows, 1.0 if self._is_folded(term) else term.scale)
 
     def product(self, tensor: TensorPlan, start: int, count: int) -> tuple[torch.Tensor, float]:
         """Return the sum of a row's adapters for a block of it; after `prepare`.
@@ -243,12 +239,8 @@ class TermAdder:
         """
         rows = len(out)
         if term.form == "lora":
-            up, down = factors["up"], factors["down"]
-            torch.mm(
-                up.reshape(term.rows, -1)[first : first + rows],
-                down.reshape(len(down), -1),
-                out=out,
-            )
+            matrices = _matrices(term, factors, first, rows, scale)
+            torch.mm(matrices.up, matrices.down, out=out)
         else:
             most = _STEP_ELEMENTS // term.columns
             for begin, end in row_steps(term.form, factors, first, first + rows, most):
@@ -299,7 +291,10 @@ class TermAdder:
             rows = len(values) // tensor.row_elements
             product = self._buffers.grown(torch.float64, 0, rows * lora.columns)
             product = product.view(rows, lora.columns)
-            self._product(lora, parts, start // tensor.row_elements, product, lora.strength, 1.0)
+            row = start // tensor.row_elements
+            self._product(lora, parts, row, product, lora.strength, 1.0)
+            if _depends_on_order([lora]):
+                settle(product, [_matrices(lora, parts, row, rows, lora.strength)], 1.0)
             delta = self._buffers.grown(torch.float32, slot, rows * lora.columns)
             delta = delta.view(rows, lora.columns)
             delta.copy_(product)
@@ -319,6 +314,19 @@ class TermAdder:
             **extra,
         )
         return changed
+
+
+def _matrices(term: LoraTerm, factors: Factors, first: int, rows: int, scale: float) -> Product:
+    """Return the factors of some rows of a plain LoRA as matrices."""
+    up, down = factors["up"], factors["down"]
+    part = up.reshape(term.rows, -1)[first : first + rows]
+    return Product(part, down.reshape(len(down), -1), scale)
+
+
+def _depends_on_order(terms: Sequence[LoraTerm]) -> bool:
+    """Return True for products of two matrices whose float64 sums are not exact as a rule."""
+    is_plain = all(term.form == "lora" and term.base is None for term in terms)
+    return is_plain and any(ref.dtype == "F32" for term in terms for ref in term.refs)
 
 
 def _has_values(delta: torch.Tensor) -> bool:
