@@ -16,7 +16,8 @@ from typing import Any
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODELS = ("target", "distilled", "base")
-CHUNK_BYTES = 1024 * 1024
+# Of the copy: with 128 KiB to 4 MiB it took a tenth longer.
+CHUNK_BYTES = 64 * 1024
 # The output of the side before. A virtual machine gives freed memory back to its host within two
 # seconds, and getting it again takes as long as a merge: what is timed frees it at the last moment.
 PREVIOUS = "previous.safetensors"

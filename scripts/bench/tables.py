@@ -8,8 +8,8 @@ from typing import Any
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
-# One ratio each: name, its two sides and their columns, what is asked for. Sides that were not run
-# have none.
+# One ratio each: name, its two sides and their columns, what is asked for; the second side may be
+# the sum of two. Sides that were not run have none.
 _STAGE, _WHOLE = "stage_s", "process_s"
 _RATIOS = (
     ("naive / stage", "naive", _STAGE, "stage", _STAGE, "at least 4"),
@@ -20,6 +20,7 @@ _RATIOS = (
     ("sd-mecha / command", "sd-mecha", _WHOLE, "command", _WHOLE, "at least 4"),
     ("fuse / command", "fuse", _WHOLE, "command", _WHOLE, ""),
     ("stage / matmul", "stage", _STAGE, "matmul", _STAGE, "at most 1.5"),
+    ("stage / (matmul + floor)", "stage", _STAGE, "matmul + floor", _STAGE, ""),
     ("stage / transfers", "stage", _STAGE, "transfers", _STAGE, "at most 1.2"),
     ("stage / floor", "stage", _STAGE, "floor", _STAGE, "at most 1.25, of a full delta"),
     ("memory, command / mergekit", "command", "peak_mb", "mergekit", "peak_mb", "under 0.1"),
@@ -29,11 +30,13 @@ _RATIOS = (
 
 def ratios(rows: Runs) -> dict[str, list[float]]:
     """Return every ratio that the sides allow, pair by pair."""
-    return {
-        name: [a[column] / b[other] for a, b in zip(rows[one], rows[two], strict=True)]
-        for name, one, column, two, other, _ in _RATIOS
-        if one in rows and two in rows
-    }
+    found = {}
+    for name, one, column, two, other, _ in _RATIOS:
+        sides = [one, *two.split(" + ")]
+        if rows.keys() >= set(sides):
+            pairs = zip(*(rows[side] for side in sides), strict=True)
+            found[name] = [a[column] / sum(b[other] for b in rest) for a, *rest in pairs]
+    return found
 
 
 def print_tables(results: Mapping[str, Mapping[str, Any]]) -> None:
