@@ -210,7 +210,7 @@ def measure(name: str, configuration: Configuration, options: argparse.Namespace
 
 
 def choose_sides(configuration: Configuration, device: str, read_bytes: int) -> Iterator[str]:
-    """Yield what is run, the copy last."""
+    """Yield what is run; the stage and the copy last, so that both follow an output of ours."""
     is_plain = not configuration.is_cold and configuration.threads is None
     if configuration.is_lora:
         yield from ("fuse", "matmul") if is_plain else ()
@@ -225,9 +225,10 @@ def choose_sides(configuration: Configuration, device: str, read_bytes: int) -> 
                 f"and {available / 1e9:.0f} GB are available",
                 file=sys.stderr,
             )
+    yield "command"
     if device != "cpu" and not configuration.is_lora:
         yield "transfers"
-    yield from ("stage", "command", "floor")
+    yield from ("stage", "floor")
 
 
 class _Run:
