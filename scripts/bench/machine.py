@@ -54,8 +54,12 @@ def write_results(name: str, tree: Mapping[str, Any], path: Path | None = None) 
     """Write a benchmark's numbers, floats with four significant digits, as `results/NAME.json`."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path.write_text(json.dumps({"date": date, **_rounded(tree)}, indent=2) + "\n")
+    path.write_text(json.dumps({"date": today(), **_rounded(tree)}, indent=2) + "\n")
+
+
+def today() -> str:
+    """Return the date in UTC, as `2026-01-31`."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _rounded(value: Any) -> Any:

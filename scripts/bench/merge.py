@@ -4,7 +4,8 @@
     python scripts/bench/merge.py sd15 sd15-lora      # some configurations
     python scripts/bench/merge.py --device cuda
 
-One table, and one JSON: results/merge.json. Every side runs in a fresh process, in turn, pair after
+One table, and one JSON: results/merge.json, where a configuration that is not named stays as it was
+measured on a machine of the same kind. Every side runs in a fresh process, in turn, pair after
 pair, and ratios are taken within a pair, since machines drift:
 
     naive         load_file of the three UNets, the float32 formula, save_file
@@ -82,8 +83,9 @@ class Configuration:
 
 CONFIGURATIONS = {
     "sd15": Configuration(),
-    "sd15-1-thread": Configuration(threads=1),
-    "sd15-4-threads": Configuration(threads=4),
+    "sd15-1-thread": Configuration(threads=1, pairs=7),
+    "sd15-2-threads": Configuration(threads=2, pairs=7),
+    "sd15-4-threads": Configuration(threads=4, pairs=7),
     "sd15-cold": Configuration(is_cold=True),
     "sd15-lora": Configuration(is_lora=True),
     "sd15-lora-cold": Configuration(is_lora=True, is_cold=True),
@@ -101,14 +103,17 @@ def main() -> None:
         print(json.dumps(CHILDREN[options.child](options)))
         return
     name = "merge" if options.device == "cpu" else f"merge-{options.device.split(':')[0]}"
+    facts = machine.machine_facts(options.device)
+    others = measured_before(options.out or machine.RESULTS / f"{name}.json", facts)
     results: dict[str, Any] = {}
     for wanted in choose(options):
         configuration = CONFIGURATIONS[wanted]
         prepare(configuration)
         results[wanted] = measure(wanted, configuration, options)
         # After each, so that what was measured stays when the next one fails.
-        facts = machine.machine_facts(options.device)
-        machine.write_results(name, {"machine": facts, "configurations": results}, options.out)
+        found = others | results
+        ordered = {each: found[each] for each in CONFIGURATIONS if each in found}
+        machine.write_results(name, {"machine": facts, "configurations": ordered}, options.out)
         if not options.keep:
             remove_unneeded(options, wanted)
     tables.print_tables(results)
@@ -119,7 +124,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CONFIGURATIONS))
-    parser.add_argument("--pairs", type=int, help="default: 3, of SDXL 2")
+    parser.add_argument("--pairs", type=int, help="default: 3, of SDXL 2, of threads 7")
     parser.add_argument("--device", default="cpu", help="of our sides: cpu or cuda")
     parser.add_argument("--keep", action="store_true", help="keep the models that were made")
     parser.add_argument("--out", type=Path, help="the JSON")
@@ -134,6 +139,13 @@ def parse_options() -> argparse.Namespace:
     if unknown := set(options.names) - set(CONFIGURATIONS):
         parser.error(f"{', '.join(unknown)}: choose from {', '.join(CONFIGURATIONS)}")
     return options
+
+
+def measured_before(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what a JSON holds already, if it is from a machine like this one."""
+    tree = json.loads(path.read_text()) if path.is_file() else {}
+    configurations: dict[str, Any] = tree.get("configurations", {})
+    return configurations if tree.get("machine") == facts else {}
 
 
 def choose(options: argparse.Namespace) -> list[str]:
@@ -200,6 +212,7 @@ def measure(name: str, configuration: Configuration, options: argparse.Namespace
         is_tmpfs = scratch.is_relative_to("/dev/shm")
     settings = {
         **dataclasses.asdict(configuration),
+        "date": machine.today(),
         "pairs": pairs,
         "threads": run.threads,
         "device": options.device,
