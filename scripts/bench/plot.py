@@ -52,7 +52,8 @@ def main() -> None:
             axis.plot(x, start + slope * x, color=line.get_color(), linewidth=1)
         axis.set_xlabel(label)
         axis.set_ylabel("seconds")
-        axis.set_ylim(bottom=0)
+        # With room for the legend above the highest point.
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     machine = tree["machine"]
