@@ -8,10 +8,13 @@ import sys
 
 def main() -> None:
     """Run the command line and end the process with its status."""
-    from merge.cli import main as run_cli
-
     try:
+        from merge.cli import main as run_cli
+
         run_cli()
+    except KeyboardInterrupt:
+        # Ctrl-C before there is anything to unwind.
+        os._exit(130)
     except SystemExit as stop:
         sys.stdout.flush()
         sys.stderr.flush()

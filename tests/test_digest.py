@@ -65,6 +65,7 @@ def test_a_file_is_hashed_while_it_is_written(size: int) -> None:
         header,
         len(content),
     )
+    follower.start()
     for position in (*range(8, len(content), 1 + size // 7), len(content)):
         follower.advance(position)
     assert follower.result() == hashlib.sha256(header + data).hexdigest()
@@ -73,6 +74,7 @@ def test_a_file_is_hashed_while_it_is_written(size: int) -> None:
 def test_following_can_be_given_up_and_reports_failures() -> None:
     before = threading.active_count()
     follower = FileDigest(lambda buffer, offset: None, b"headers!", 1000)
+    follower.start()
     follower.stop()
     assert threading.active_count() == before
 
@@ -80,6 +82,7 @@ def test_following_can_be_given_up_and_reports_failures() -> None:
         raise OSError("gone")
 
     follower = FileDigest(fail, b"headers!", 1000)
+    follower.start()
     follower.advance(1000)
     with pytest.raises(OSError, match="gone"):
         follower.result()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
@@ -23,6 +20,7 @@ from merge.cli.output import (
     say,
     wants_debug,
 )
+from merge.cli.signals import Terminated, UnwindingSignals
 from merge.errors import MergeError
 
 # Command to the module that has it, so that `--help` loads none of the heavy ones.
@@ -42,10 +40,6 @@ _COMMANDS = {
 }
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C, so that nothing half-written stays."""
 
 
 class _LazyGroup(click.Group):
@@ -103,72 +97,65 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     configure_logging(Verbosity.NORMAL)
-    sys.exit(_run(words))
+    with UnwindingSignals() as signals:
+        code = _run(words, signals)
+    sys.exit(code)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], signals: UnwindingSignals) -> int:
     try:
-        with _signals():
-            code = cli.main(args=words, prog_name="instruct-merge", standalone_mode=False)
-            return code if isinstance(code, int) else 0
-    except MergeError as error:
-        say(traceback.format_exc() if wants_debug() else f"error: {error}")
-        return error.exit_code
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return error.exit_code
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "instruct-merge"
-        say(f"error: {error.format_message()}")
-        is_token = "token" in str(getattr(error, "option_name", ""))
-        say(f"hint: {TOKEN_HINT}" if is_token else f"hint: see `{command} --help`")
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort) as error:
-        _say_interrupted("interrupted", error, words)
-        return EXIT_INTERRUPTED
-    except _Terminated as error:
-        _say_interrupted("terminated", error, words)
-        return EXIT_TERMINATED
-    except BrokenPipeError:
-        # The reader of our output went away, as `head` does; Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if wants_debug():
-            say(traceback.format_exc())
+        code = cli.main(args=words, prog_name="instruct-merge", standalone_mode=False)
+        signals.end()
+        return code if isinstance(code, int) else 0
+    except BaseException as error:
+        signals.end()
+        # Whatever it has become: an import that a signal cut short may fail with an ImportError.
+        if signals.received or isinstance(error, (KeyboardInterrupt, click.Abort)):
+            is_terminated = Terminated in signals.received[:1]
+            return _say_interrupted(error, words, is_terminated=is_terminated)
+        if not isinstance(error, Exception):
+            raise
+        return _say_failure(error)
+
+
+def _say_failure(error: Exception) -> int:
+    match error:
+        case MergeError():
+            say(traceback.format_exc() if wants_debug() else f"error: {error}")
+            return error.exit_code
+        case click.exceptions.Exit():
+            return error.exit_code
+        case click.exceptions.NoArgsIsHelpError():
+            error.show()
+            return error.exit_code
+        case click.ClickException():
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "instruct-merge"
+            say(f"error: {error.format_message()}")
+            is_token = "token" in str(getattr(error, "option_name", ""))
+            say(f"hint: {TOKEN_HINT}" if is_token else f"hint: see `{command} --help`")
+            return error.exit_code
+        case BrokenPipeError():
+            # The reader of our output went away, as `head` does; Python would complain at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        say(f"error: unexpected {type(error).__name__}: {error}")
-        say("hint: run it again with --debug and report what it prints")
+    if wants_debug():
+        say(traceback.format_exc())
         return 1
+    say(f"error: unexpected {type(error).__name__}: {error}")
+    say("hint: run it again with --debug and report what it prints")
+    return 1
 
 
-def _say_interrupted(what: str, error: BaseException, words: list[str]) -> None:
+def _say_interrupted(error: BaseException, words: list[str], *, is_terminated: bool) -> int:
+    what = "terminated" if is_terminated else "interrupted"
     # Click raises an error of its own from a Ctrl-C.
     errors = [error, *([error.__cause__] if error.__cause__ else [])]
     notes = [note for each in errors for note in getattr(each, "__notes__", [])]
-    if not notes:
+    if notes:
+        again = [word for word in words if word != "--resume"]
+        say(f"{what}: {notes[0]}")
+        say(f"hint: `instruct-merge {shlex.join([*again, '--resume'])}` goes on with it")
+    else:
         say(f"{what}: nothing half-written is left")
-        return
-    again = [word for word in words if word != "--resume"]
-    say(f"{what}: {notes[0]}")
-    say(f"hint: `instruct-merge {shlex.join([*again, '--resume'])}` goes on with it")
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM unwind the run once; a second one waits for the clean-up."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+    return EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED

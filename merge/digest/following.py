@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 CHUNK_BYTES = 1024 * 1024
 
@@ -24,7 +24,7 @@ class FileDigest:
         size_bytes: int,
         on_mark: Callable[[int, str], None] | None = None,
     ) -> None:
-        """Start the thread.
+        """Prepare; `start` starts the thread.
 
         Args:
             read_into: Reads the file's data at a position.
@@ -40,9 +40,17 @@ class FileDigest:
         self._written = 0
         self._stopped = False
         self._changed = threading.Condition()
+        self._busy = threading.Lock()
         # A future, since a signal that interrupts Thread.join makes Python 3.11 take the thread for
         # finished.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+        self._future: Future[str] | None = None
+
+    def start(self) -> None:
+        """Start the thread.
+
+        A signal may interrupt this once the thread runs, so `stop` has to follow even then.
+        """
         self._future = self._pool.submit(self._run)
 
     def advance(self, written_bytes: int, *, is_marked: bool = False) -> None:
@@ -64,6 +72,7 @@ class FileDigest:
         Raises:
             OutputError: the file could not be read back.
         """
+        assert self._future is not None, "not started"
         try:
             return self._future.result()
         finally:
@@ -75,8 +84,15 @@ class FileDigest:
             self._stopped = True
             self._changed.notify()
         self._pool.shutdown(wait=True)
+        # The pool does not know a thread whose start was interrupted.
+        with self._busy:
+            pass
 
     def _run(self) -> str:
+        with self._busy:
+            return self._follow()
+
+    def _follow(self) -> str:
         digest = hashlib.sha256(self._header)
         position = len(self._header)
         buffer = memoryview(bytearray(CHUNK_BYTES))

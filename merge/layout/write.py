@@ -74,6 +74,7 @@ def write_tensor_copies(
         writer = stack.enter_context(TensorFileWriter(path, header.file_bytes))
         digest = FileDigest(writer.read_into, head, header.file_bytes)
         stack.callback(digest.stop)
+        digest.start()
         sink = _Sink(writer, digest, on_bytes, stop)
         for spec in header.tensors:
             _write_tensor(by_name[spec.name], spec, readers, sink)

@@ -127,6 +127,7 @@ class _Job:
 
             mark = time.perf_counter()
             try:
+                digest.start()
                 digest.advance(position)
                 try:
                     result = self._execute(component, writer, on_frontier, tuple(finished))

@@ -1,0 +1,217 @@
+"""SIGINT and SIGTERM at awkward moments: never lost, never a hang, never a disturbed clean-up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from merge import load_recipe
+from merge.engine.units import Unit, WorkQueue
+from merge.run import run_recipe
+from merge.writer import TensorFileWriter
+from tests.mini import write_models, write_recipe
+
+PREAMBLE = """
+    import os, signal, sys, time
+    from merge.cli.signals import Terminated, UnwindingSignals
+    raise_signal = signal.raise_signal
+"""
+
+
+def run_script(body: str) -> subprocess.CompletedProcess[str]:
+    script = textwrap.dedent(PREAMBLE) + textwrap.dedent(body)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_swallowed_signal_is_raised_again(name: str) -> None:
+    done = run_script(f"""
+        with UnwindingSignals() as signals:
+            try:
+                for _ in range(3):
+                    try:
+                        raise_signal(signal.{name})
+                        time.sleep(5)
+                        print("lost")
+                    except BaseException:
+                        pass  # as the import of some extension modules does
+                time.sleep(5)
+                print("lost")
+            except (KeyboardInterrupt, Terminated) as error:
+                signals.end()
+                print(type(error).__name__)
+    """)
+    expected = "KeyboardInterrupt" if name == "SIGINT" else "Terminated"
+    assert (done.stdout, done.stderr, done.returncode) == (f"{expected}\n", "", 0)
+
+
+def test_a_signal_lost_in_a_finalizer_is_raised_again() -> None:
+    done = run_script("""
+        class Finalized:
+            def __del__(self):
+                raise_signal(signal.SIGTERM)
+
+        with UnwindingSignals() as signals:
+            try:
+                Finalized()
+                time.sleep(5)
+                print("lost")
+            except Terminated:
+                signals.end()
+                print("unwound")
+    """)
+    assert done.stdout == "unwound\n"
+    assert "Exception ignored in" in done.stderr
+
+
+def test_an_import_is_finished_first(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text(
+        "import signal, time\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+        "time.sleep(0.3)\n"
+        "print('imported')\n"
+    )
+    done = run_script(f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        with UnwindingSignals() as signals:
+            try:
+                import heavy
+                time.sleep(5)
+                print("lost")
+            except Terminated:
+                signals.end()
+                print("unwound")
+    """)
+    assert (done.stdout, done.stderr) == ("imported\nunwound\n", "")
+
+
+def test_clean_up_is_not_disturbed() -> None:
+    done = run_script("""
+        from contextlib import ExitStack, contextmanager
+
+        @contextmanager
+        def resource():
+            try:
+                yield
+            finally:
+                for _ in range(4):
+                    raise_signal(signal.SIGINT)
+                    time.sleep(0.1)
+                print("generator", flush=True)
+
+        class Resource:
+            def __enter__(self):
+                return self
+            def __exit__(self, *exception):
+                raise_signal(signal.SIGTERM)
+                time.sleep(0.3)
+                print("exit", flush=True)
+
+        with UnwindingSignals() as signals:
+            try:
+                with Resource(), ExitStack() as stack:
+                    stack.enter_context(resource())
+                    try:
+                        raise_signal(signal.SIGTERM)
+                        print("lost")
+                    except BaseException:
+                        time.sleep(0.3)
+                        try:
+                            {}["another error in between"]
+                        except KeyError:
+                            time.sleep(0.2)
+                        print("except", flush=True)
+                        raise
+            except Terminated:
+                signals.end()
+                time.sleep(0.3)
+                print("unwound")
+        raise_signal(signal.SIGINT)
+        print("exits with its own code")
+    """)
+    words = ["except", "generator", "exit", "unwound", "exits with its own code"]
+    assert (done.stdout.splitlines(), done.stderr) == (words, "")
+
+
+def test_without_a_signal_everything_is_as_before() -> None:
+    done = run_script("""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+        before = [signal.getsignal(number) for number in numbers]
+        with UnwindingSignals() as signals:
+            assert [signal.getsignal(number) for number in numbers] != before
+        assert [signal.getsignal(number) for number in numbers] == before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    """)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def interrupted_in_start(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    """Let Ctrl-C come where it comes most easily: in Thread.start, when the thread runs."""
+    start = threading.Thread.start
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith(prefix):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+
+
+@pytest.mark.parametrize("prefix", ["digest", "lane", "files"])
+def test_a_signal_while_a_thread_starts_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    write_models(tmp_path)
+    # Only a whole pipeline has files to copy beside the merge.
+    recipe = load_recipe("demo" if prefix == "files" else write_recipe(tmp_path))
+    interrupted_in_start(monkeypatch, prefix)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "out", verify=False)
+    left = [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]
+    for thread in left:
+        thread.join(timeout=10)
+    assert not [thread for thread in left if thread.is_alive()]
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_lane_has_left_the_file_before_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_models(tmp_path)
+    recipe = load_recipe(write_recipe(tmp_path))
+    at_work = threading.Event()
+    closed_at_work = []
+    take, start, close = WorkQueue.take, threading.Thread.start, TensorFileWriter.close
+
+    def slow_take(queue: WorkQueue) -> Iterator[Unit]:
+        for unit in take(queue):
+            at_work.set()
+            time.sleep(0.3)
+            yield unit
+            at_work.clear()
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("lane"):
+            assert at_work.wait(10)
+            raise KeyboardInterrupt
+
+    def checked_close(writer: TensorFileWriter) -> None:
+        closed_at_work.append(at_work.is_set())
+        close(writer)
+
+    monkeypatch.setattr(WorkQueue, "take", slow_take)
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    monkeypatch.setattr(TensorFileWriter, "close", checked_close)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "out", verify=False, threads=1)
+    assert closed_at_work == [False]
