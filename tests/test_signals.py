@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -215,3 +217,43 @@ def test_every_lane_has_left_the_file_before_it_is_closed(
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path / "out", verify=False, threads=1)
     assert closed_at_work == [False]
+
+
+def interrupt_at(recipe: str | Path, out: Path, moments: random.Random, longest_s: float) -> bool:
+    """Send a signal at a random moment of a run; return False when it came too late."""
+    number, code, word = moments.choice(
+        [(signal.SIGINT, 130, "interrupted: "), (signal.SIGTERM, 143, "terminated: ")]
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-m", "merge", "run", str(recipe), "--out", str(out), "--overwrite"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The first tenth of a second is Python's own start.
+    time.sleep(0.2 + moments.random() * longest_s)
+    is_late = child.poll() is not None
+    child.send_signal(number)
+    _, err = child.communicate(timeout=20)
+    assert "Traceback" not in err
+    if child.returncode != 0:
+        assert (child.returncode, word in err) == (code, True), err
+    # A moment before the end nothing is left to interrupt.
+    return not is_late and child.returncode == code
+
+
+def test_a_signal_at_any_moment_ends_the_run(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    recipe = write_recipe(tmp_path)
+    moments = random.Random(1)
+    ended = [interrupt_at(recipe, tmp_path / "out", moments, 0.8) for _ in range(5)]
+    assert any(ended)
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_of_many_moments_ends_the_run(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    moments = random.Random(2)
+    for recipe, longest_s, count in (write_recipe(tmp_path), 1.5, 200), ("demo", 8.0, 50):
+        ended = [interrupt_at(recipe, tmp_path / "out", moments, longest_s) for _ in range(count)]
+        assert sum(ended) > count // 3
