@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from merge import load_recipe
+from merge.cli import main
 from merge.engine.units import Unit, WorkQueue
 from merge.run import run_recipe
 from merge.writer import TensorFileWriter
@@ -248,6 +249,23 @@ def test_a_signal_at_any_moment_ends_the_run(tmp_path: Path) -> None:
     moments = random.Random(1)
     ended = [interrupt_at(recipe, tmp_path / "out", moments, 0.8) for _ in range(5)]
     assert any(ended)
+
+
+def test_a_signal_in_the_closing_edits_tells_that_the_output_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("merge.run.stages.verify_output", interrupt)
+    out = tmp_path / "my output"
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "demo", "--out", str(out)])
+    assert stop.value.code == 130
+    told = capsys.readouterr().err
+    assert f"interrupted: {out} is complete, but not verified\n" in told
+    assert f"hint: `instruct-merge verify '{out}'` does that\n" in told
+    assert sorted(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.slow

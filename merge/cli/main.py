@@ -154,8 +154,9 @@ def _say_interrupted(error: BaseException, words: list[str], *, is_terminated: b
     notes = [note for each in errors for note in getattr(each, "__notes__", [])]
     if notes:
         again = [word for word in words if word != "--resume"]
+        hint = f"`instruct-merge {shlex.join([*again, '--resume'])}` goes on with it"
         say(f"{what}: {notes[0]}")
-        say(f"hint: `instruct-merge {shlex.join([*again, '--resume'])}` goes on with it")
+        say(f"hint: {notes[1] if len(notes) > 1 else hint}")
     else:
         say(f"{what}: nothing half-written is left")
     return EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import shlex
 import threading
 import time
 from collections.abc import Mapping
@@ -295,7 +296,13 @@ class _Run:
             return None
         mark = time.perf_counter()
         self._progress("verify", 0, 1)
-        verify_output(self.final, self.recipe.verify.edits, sources.target, device)
+        try:
+            verify_output(self.final, self.recipe.verify.edits, sources.target, device)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                error.add_note(f"{self.final} is complete, but not verified")
+                error.add_note(f"`instruct-merge verify {shlex.quote(str(self.final))}` does that")
+            raise
         self._progress("verify", 1, 1)
         self._lap("verify", mark)
         return True
