@@ -20,6 +20,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
+import merge.writer.exchange as exchange_module
 import merge.writer.folder as folder_module
 from merge.errors import (
     CheckpointError,
@@ -31,7 +32,7 @@ from merge.errors import (
 )
 from merge.header import encode_header
 from merge.reader import read_header
-from merge.writer import OutputFolder, TensorFileWriter
+from merge.writer import OutputFile, OutputFolder, TensorFileWriter
 from merge.writer.folder import MARKER
 
 VALUES = {
@@ -393,7 +394,8 @@ def test_overwrite_replaces_nothing_else(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_exchange", "failing"), [(True, 0), (True, 1), *((False, index) for index in range(4))]
+    ("has_exchange", "failing"),
+    [*((True, index) for index in range(3)), *((False, index) for index in range(5))],
 )
 def test_a_replacement_that_fails_gives_the_old_output_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool, failing: int
@@ -437,21 +439,66 @@ def test_another_run_may_take_the_name_meanwhile(tmp_path: Path, overwrite: bool
     assert entries(tmp_path) == ["out", "out/theirs"]
 
 
+@pytest.mark.parametrize("moment", ["check", "rename"])
 def test_a_name_taken_between_check_and_rename_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     final = tmp_path / "out"
-    real = os.rename
+    folder = OutputFolder(final, overwrite=False)
+    rename, check = os.rename, folder.check
 
-    def rename(source: Any, destination: Any, **options: Any) -> None:
+    def take_and_rename(source: Any, destination: Any, **options: Any) -> None:
         our_output(final, "theirs")
-        real(source, destination, **options)
+        rename(source, destination, **options)
 
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OutputError, match="cannot write .*out: Directory not empty"):
-        build(OutputFolder(final, overwrite=False))
+    def check_and_take() -> None:
+        check()
+        if folder.partial.exists():
+            our_output(final, "theirs")
+
+    if moment == "check":
+        monkeypatch.setattr(folder, "check", check_and_take)
+    else:
+        monkeypatch.setattr(os, "rename", take_and_rename)
+    with pytest.raises(OutputExistsError, match="out exists already\nhint: add --overwrite"):
+        build(folder)
     assert entries(tmp_path) == ["out", f"out/{MARKER}", "out/text"]
     assert (final / "text").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("has_call", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_call: bool
+) -> None:
+    if not has_call:
+        monkeypatch.setattr(exchange_module, "_rename", lambda *_: False)
+    output = OutputFile(tmp_path / "out.safetensors", overwrite=False)
+    check = output.check
+
+    def check_and_take() -> None:
+        check()
+        if output.partial.exists():
+            output.final.write_text("theirs")
+
+    monkeypatch.setattr(output, "check", check_and_take)
+    with output:
+        output.partial.write_text("ours")
+        with pytest.raises(OutputExistsError, match="out.safetensors exists already"):
+            output.publish()
+    assert entries(tmp_path) == ["out.safetensors"]
+    assert output.final.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("has_call", [True, False])
+def test_a_file_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_call: bool
+) -> None:
+    if not has_call:
+        monkeypatch.setattr(exchange_module, "_rename", lambda *_: False)
+    with OutputFile(tmp_path / "out.safetensors", overwrite=False) as output:
+        output.partial.write_text("ours")
+        output.publish()
+    assert entries(tmp_path) == ["out.safetensors"]
 
 
 def test_of_many_runs_at_once_one_wins_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -529,7 +576,7 @@ def test_space_is_checked_where_the_folder_will_be(
 WRITE_ALL = """
 import sys, threading
 from pathlib import Path
-from merge.writer import OutputFolder, TensorFileWriter
+from merge.writer import OutputFile, OutputFolder, TensorFileWriter
 
 out, source = map(Path, sys.argv[1:])
 with OutputFolder(out / "sub" / "out", overwrite=False) as folder:

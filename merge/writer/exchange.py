@@ -1,9 +1,10 @@
-"""Two names of a file system exchanged in one step, where the system can.
+"""Renames that Python has no call for: two names exchanged in one step, and never replacing a file.
 
-Python has no call for it. Without it a folder that is replaced is absent for a moment between two
-renames: `os.replace` takes no folder that holds files.
+Without the first a folder that is replaced is absent for a moment between two renames: `os.replace`
+takes no folder that holds files.
 
-Source: renameat2(2) of Linux with RENAME_EXCHANGE; renamex_np(2) of macOS with RENAME_SWAP.
+Source: renameat2(2) of Linux with RENAME_EXCHANGE and RENAME_NOREPLACE; renamex_np(2) of macOS with
+RENAME_SWAP and RENAME_EXCL.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _RENAME_SWAP = 2
+_RENAME_NOREPLACE = 1
+_RENAME_EXCL = 4
 # What systems and file systems answer that do not know the call.
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -30,14 +33,35 @@ def exchange(first: Path, second: Path) -> bool:
     Raises:
         OSError: it can be done and failed.
     """
-    names = os.fsencode(first), os.fsencode(second)
+    return _rename(first, second, _RENAME_SWAP if sys.platform == "darwin" else _RENAME_EXCHANGE)
+
+
+def rename_to_new(source: Path, target: Path) -> None:
+    """Rename a file and never replace another.
+
+    Where the system cannot promise that, a file that appears in the same instant is replaced.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: it failed otherwise.
+    """
+    if _rename(source, target, _RENAME_EXCL if sys.platform == "darwin" else _RENAME_NOREPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
+
+
+def _rename(source: Path, target: Path, flags: int) -> bool:
+    """Return False where the system does not know the call or the flag."""
+    names = os.fsencode(source), os.fsencode(target)
     library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":
         call = getattr(library, "renamex_np", None)
-        arguments: tuple[object, ...] = (*names, _RENAME_SWAP)
+        arguments: tuple[object, ...] = (*names, flags)
     else:
         call = getattr(library, "renameat2", None)
-        arguments = (_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+        arguments = (_AT_FDCWD, names[0], _AT_FDCWD, names[1], flags)
     if call is None:
         return False
     if call(*arguments) == 0:
@@ -45,4 +69,4 @@ def exchange(first: Path, second: Path) -> bool:
     number = ctypes.get_errno()
     if number in _UNKNOWN:
         return False
-    raise OSError(number, os.strerror(number), str(first), None, str(second))
+    raise OSError(number, os.strerror(number), str(source), None, str(target))

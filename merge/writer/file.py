@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from merge.errors import OutputExistsError
+from merge.writer.exchange import rename_to_new
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.tensors import write_error
 
@@ -47,9 +48,16 @@ class OutputFile(PartialOutput):
         """
         self.check()
         try:
-            self.partial.replace(self.final)
+            if self.overwrite:
+                self.partial.replace(self.final)
+            else:
+                rename_to_new(self.partial, self.final)
             self._published = True
             sync_folder(self.final.parent)
+        except FileExistsError as error:
+            # Another run's, that ended since `check` looked.
+            self.check()
+            raise write_error(self.final, error) from error
         except OSError as error:
             raise write_error(self.final, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -252,9 +253,15 @@ class OutputFolder(PartialOutput):
 
     def _swap(self) -> Path | None:
         """Give the folder its name; return where the output is that had it."""
-        if not os.path.lexists(self.final) or _is_empty_folder(self.final):
+        try:
+            # The system refuses it when a folder with files has the name by now.
             self.partial.rename(self.final)
             return None
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        # Of another run, perhaps, that ended since `publish` looked.
+        self.check()
         # It is whole: were the run killed now, no partial folder may hold one, new or old.
         whole = self._beside("whole")
         self.partial.rename(whole)
