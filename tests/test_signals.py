@@ -268,6 +268,40 @@ def test_a_signal_in_the_closing_edits_tells_that_the_output_is_whole(
     assert sorted(tmp_path.iterdir()) == [out]
 
 
+def test_an_interrupted_repetition_is_gone_on_with_or_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def command(*words: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        return stop.value.code, capsys.readouterr().err
+
+    write_models(tmp_path)
+    first, again = str(tmp_path / "first"), str(tmp_path / "again")
+    run_recipe(load_recipe(write_recipe(tmp_path)), first, verify=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with monkeypatch.context() as patch:
+        patch.setattr("merge.run.stages.build_manifest", interrupt)
+        code, told = command("reproduce", first)
+        assert (code, told.splitlines()[-1]) == (130, "interrupted: nothing half-written is left")
+        assert not list(Path().iterdir())
+        code, told = command("reproduce", first, "--out", again)
+        assert code == 130
+        (kept,) = tmp_path.glob("again.partial-*")
+        assert f"interrupted: {kept} is kept\n" in told
+        words = ["reproduce", first, "--out", again, "--resume"]
+        assert f"hint: `instruct-merge {' '.join(words)}` goes on with it\n" in told
+    code, told = command(*words)
+    assert (code, kept.exists()) == (0, False)
+    assert "reproduced: " in told
+    code, told = command("reproduce", first, "--resume")
+    assert (code, "--resume needs --out" in told) == (2, True)
+
+
 @pytest.mark.slow
 def test_a_signal_at_any_of_many_moments_ends_the_run(tmp_path: Path) -> None:
     write_models(tmp_path)

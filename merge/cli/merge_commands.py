@@ -151,6 +151,7 @@ def _tell_download(sources: Sources) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the new output as this folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1, 64), help="Workers.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted one left at --out.")
 @json_option
 @common_options
 def reproduce_command(
@@ -159,6 +160,7 @@ def reproduce_command(
     out: Path | None,
     device: str,
     threads: int | None,
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Run the lock of an output FOLDER again and compare the SHA-256 of everything it made.
@@ -167,6 +169,8 @@ def reproduce_command(
     they were, beside the folder's lock and in the current folder; models.ROLE.path=PATH says where
     they are. The exit code is 9 when a file differs. The last line on stdout is the folder.
     """
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out: without it nothing of a repetition is kept")
     from merge.run import reproduce
 
     bars = Bars(quiet=is_quiet())
@@ -177,6 +181,7 @@ def reproduce_command(
             overrides=overrides,
             device=device,
             threads=threads,
+            resume=resume,
             on_progress=bars,
         )
     finally:

@@ -45,6 +45,7 @@ def reproduce(
     overrides: Sequence[str] = (),
     device: str = "auto",
     threads: int | None = None,
+    resume: bool = False,
     on_progress: Progress | None = None,
 ) -> Reproduction:
     """Run the lock of an output again and compare every file of the reproducible set.
@@ -58,6 +59,7 @@ def reproduce(
         overrides: Where local models are, e.g. `models.target.path=./ip2p`.
         device: As for `run_recipe`.
         threads: As for `run_recipe`.
+        resume: Go on with what an interrupted repetition to `out` left.
         on_progress: As for `run_recipe`.
 
     Raises:
@@ -82,6 +84,7 @@ def reproduce(
             final,
             device=device,
             threads=threads,
+            resume=resume,
             verify=False,
             lock=lock,
             on_progress=on_progress,
@@ -100,7 +103,12 @@ def reproduce(
     else:
         # On the disk that outputs go to: they are too large for most systems' /tmp.
         with tempfile.TemporaryDirectory(prefix="reproduce-", dir=Path.cwd()) as scratch:
-            run(Path(scratch) / lock.recipe.name)
+            try:
+                run(Path(scratch) / lock.recipe.name)
+            except BaseException as error:
+                # That a part is kept: it is not, and cannot be gone on with.
+                getattr(error, "__notes__", []).clear()
+                raise
     return Reproduction(
         folder=folder,
         out=None if out is None else Path(out).expanduser(),
