@@ -21,6 +21,7 @@ LAYERS = {
     "lora": 1,
     "methods": 1,
     "secrets": 1,
+    "workers": 1,
     "recipe": 2,
     "sources": 2,
     "reader": 2,

@@ -6,7 +6,9 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+
+from merge.workers import Workers
 
 CHUNK_BYTES = 1024 * 1024
 
@@ -40,10 +42,7 @@ class FileDigest:
         self._written = 0
         self._stopped = False
         self._changed = threading.Condition()
-        self._busy = threading.Lock()
-        # A future, since a signal that interrupts Thread.join makes Python 3.11 take the thread for
-        # finished.
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+        self._workers = Workers(1, "digest")
         self._future: Future[str] | None = None
 
     def start(self) -> None:
@@ -51,7 +50,7 @@ class FileDigest:
 
         A signal may interrupt this once the thread runs, so `stop` has to follow even then.
         """
-        self._future = self._pool.submit(self._run)
+        self._future = self._workers.submit(self._run)
 
     def advance(self, written_bytes: int, *, is_marked: bool = False) -> None:
         """Say that every byte before this position is written.
@@ -83,16 +82,9 @@ class FileDigest:
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._pool.shutdown(wait=True)
-        # The pool does not know a thread whose start was interrupted.
-        with self._busy:
-            pass
+        self._workers.end()
 
     def _run(self) -> str:
-        with self._busy:
-            return self._follow()
-
-    def _follow(self) -> str:
         digest = hashlib.sha256(self._header)
         position = len(self._header)
         buffer = memoryview(bytearray(CHUNK_BYTES))

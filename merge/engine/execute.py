@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge.plan.model import ComponentPlan, MergePlan
 from merge.reader import FileReader
 from merge.recipe.schema import Recipe
+from merge.workers import Workers
 from merge.writer import TensorFileWriter
 
 
@@ -106,30 +106,22 @@ def execute_plan(
 def _run_workers(lanes: list[Lane], queue: WorkQueue) -> None:
     failures: list[tuple[Unit, Lane, BaseException]] = []
 
-    busy = [threading.Lock() for _ in lanes]
+    def work(lane: Lane) -> None:
+        for unit in queue.take():
+            try:
+                _run_unit(lane, unit, queue)
+            except BaseException as error:
+                failures.append((unit, lane, error))
+                queue.stop()
 
-    def work(lane: Lane, is_busy: threading.Lock) -> None:
-        with is_busy:
-            for unit in queue.take():
-                try:
-                    _run_unit(lane, unit, queue)
-                except BaseException as error:
-                    failures.append((unit, lane, error))
-                    queue.stop()
-
-    # Futures, not threads: a signal that interrupts Thread.join makes Python 3.11 take the thread
-    # for finished, and leaving while it computes would crash the interpreter.
-    pool = ThreadPoolExecutor(max_workers=len(lanes), thread_name_prefix="lane")
+    workers = Workers(len(lanes), "lane")
     try:
-        wait([pool.submit(work, *each) for each in zip(lanes, busy, strict=True)])
+        wait([workers.submit(work, lane) for lane in lanes])
     finally:
-        # On Ctrl-C the files stay open until every worker has left its block.
+        # On Ctrl-C the files stay open until every worker has left its block; leaving while one
+        # computes would crash the interpreter.
         queue.stop()
-        pool.shutdown(wait=True)
-        # The pool does not know a thread whose start a signal interrupted.
-        for is_busy in busy:
-            with is_busy:
-                pass
+        workers.end()
     if failures:
         # The first failure in file order, so that the message does not depend on the threads.
         unit, lane, error = min(failures, key=lambda item: (item[0].tensor, item[0].start))

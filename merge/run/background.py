@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from merge.workers import Workers
 
 Result = TypeVar("Result")
 
@@ -16,7 +18,7 @@ class Background:
     def __init__(self) -> None:
         self.stop = threading.Event()
         # Two at a time: more would only take cores from the merge.
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="files")
+        self._workers = Workers(2, "files")
 
     def __enter__(self) -> Background:
         return self
@@ -26,9 +28,9 @@ class Background:
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Run a function in the background."""
-        return self._pool.submit(function, *arguments)
+        return self._workers.submit(function, *arguments)
 
     def cancel(self) -> None:
         """Tell running work to stop, and wait until it has."""
         self.stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.end()

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from merge.verify.page import render_page
 from merge.verify.report import IMAGES_NAME, PAGE_NAME, Report, write_report
 from merge.verify.roundtrip import round_trip
 from merge.verify.weights import WeightsMeasured, measure_weights, unet_weights
+from merge.workers import Workers
 
 _LOG = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ class _Background:
     def __init__(self, job: _Job, target_weights: Sequence[Path]) -> None:
         self._files = FilesCheck(job.folder, job.files) if job.files else None
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        self._measured = self._pool.submit(
+        self._workers = Workers(1, "weights")
+        self._measured = self._workers.submit(
             lambda: measure_weights(unet_weights(job.folder), target_weights, self._stop)
         )
 
@@ -175,7 +175,7 @@ class _Background:
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.end()
         if self._files is not None:
             self._files.close()
 
