@@ -466,12 +466,17 @@ def test_a_name_taken_between_check_and_rename_is_not_lost(
     assert (final / "text").read_text() == "theirs"
 
 
-@pytest.mark.parametrize("has_call", [True, False])
-def test_a_file_that_appears_meanwhile_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_call: bool
-) -> None:
-    if not has_call:
+@pytest.fixture(params=["a call", "no call"])
+def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems with and without a rename that never replaces."""
+    if request.param == "no call":
         monkeypatch.setattr(exchange_module, "_rename", lambda *_: False)
+
+
+@pytest.mark.usefixtures("renaming")
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = OutputFile(tmp_path / "out.safetensors", overwrite=False)
     check = output.check
 
@@ -489,12 +494,8 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(
     assert output.final.read_text() == "theirs"
 
 
-@pytest.mark.parametrize("has_call", [True, False])
-def test_a_file_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_call: bool
-) -> None:
-    if not has_call:
-        monkeypatch.setattr(exchange_module, "_rename", lambda *_: False)
+@pytest.mark.usefixtures("renaming")
+def test_a_file_gets_its_name(tmp_path: Path) -> None:
     with OutputFile(tmp_path / "out.safetensors", overwrite=False) as output:
         output.partial.write_text("ours")
         output.publish()

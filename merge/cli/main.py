@@ -111,8 +111,7 @@ def _run(words: list[str], signals: UnwindingSignals) -> int:
         signals.end()
         # Whatever it has become: an import that a signal cut short may fail with an ImportError.
         if signals.received or isinstance(error, (KeyboardInterrupt, click.Abort)):
-            is_terminated = Terminated in signals.received[:1]
-            return _say_interrupted(error, words, is_terminated=is_terminated)
+            return _say_interrupted(error, words, is_terminated=signals.received is Terminated)
         if not isinstance(error, Exception):
             raise
         return _say_failure(error)

@@ -25,11 +25,11 @@ class UnwindingSignals:
     clears every error, is raised anew by a timer, until `end`.
 
     Attributes:
-        received: What came, in order: empty as long as there was no signal.
+        received: What came first; None as long as there was no signal.
     """
 
     def __init__(self) -> None:
-        self.received: list[type[BaseException]] = []
+        self.received: type[BaseException] | None = None
         self._has_ended = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -50,13 +50,13 @@ class UnwindingSignals:
         self._has_ended = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGALRM:
-            self.received.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        if self.received is None:
+            self.received = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if self._has_ended:
             return
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
         if not _is_importing(frame) and not _is_unwinding():
-            raise self.received[0]
+            raise self.received
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -16,10 +16,8 @@ import sys
 from pathlib import Path
 
 _AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_RENAME_SWAP = 2
-_RENAME_NOREPLACE = 1
-_RENAME_EXCL = 4
+# RENAME_SWAP and RENAME_EXCL, or RENAME_EXCHANGE and RENAME_NOREPLACE.
+_EXCHANGE, _TO_NEW = (2, 4) if sys.platform == "darwin" else (2, 1)
 # What systems and file systems answer that do not know the call.
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -33,7 +31,7 @@ def exchange(first: Path, second: Path) -> bool:
     Raises:
         OSError: it can be done and failed.
     """
-    return _rename(first, second, _RENAME_SWAP if sys.platform == "darwin" else _RENAME_EXCHANGE)
+    return _rename(first, second, _EXCHANGE)
 
 
 def rename_to_new(source: Path, target: Path) -> None:
@@ -45,7 +43,7 @@ def rename_to_new(source: Path, target: Path) -> None:
         FileExistsError: the name is taken.
         OSError: it failed otherwise.
     """
-    if _rename(source, target, _RENAME_EXCL if sys.platform == "darwin" else _RENAME_NOREPLACE):
+    if _rename(source, target, _TO_NEW):
         return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
