@@ -509,6 +509,23 @@ def test_text_encoder_modules_are_merged_when_the_recipe_says_so(
     assert not torch.equal(changed, before.float())
 
 
+@pytest.mark.parametrize("components", [["text_encoder"], ["unet", "text_encoder"]])
+def test_a_lora_of_text_encoders_alone_is_merged(
+    tmp_path: Path, target: Path, components: list[str]
+) -> None:
+    factors, weight = write_text_lora(tmp_path, target, components=components, weight=0.5)
+    tensors = load_file(tmp_path / "lora.safetensors")
+    alone = {name: value for name, value in tensors.items() if name.startswith("lora_te_")}
+    save_file(alone, tmp_path / "lora.safetensors")
+    run_recipe(load_recipe(tmp_path / "mini.yaml"), tmp_path / "out", device="cpu", verify=False)
+    merged = load_file(tmp_path / "out" / TEXT)
+    delta = 0.5 * 1.0 / 2 * einsum_delta("lora", bare(factors))
+    assert_close(merged[f"{FC1}.weight"], rounded_sum(weight, delta))
+    unet = read_output(tmp_path / "out")
+    before = load_file(target / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(unet[key].float(), value.float()) for key, value in before.items())
+
+
 def test_text_encoder_modules_are_an_error_otherwise(tmp_path: Path, target: Path) -> None:
     write_text_lora(tmp_path, target)
     with pytest.raises(PlanError, match="1 of its modules belong to text_encoder, which is not"):

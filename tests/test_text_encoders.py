@@ -16,7 +16,7 @@ from merge import load_recipe, run_recipe
 from merge.errors import PlanError
 from merge.plan import build_plan, plan_to_json
 from merge.sources import resolve_sources
-from tests.mini import bits, numpy_float32, numpy_round
+from tests.mini import bits, contents, numpy_float32, numpy_round
 
 TEXT = "text_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -146,3 +146,29 @@ def test_a_target_without_the_component_is_an_error(models: Path, tmp_path: Path
     recipe = load_recipe(write(tmp_path, models, components=["unet", "text_encoder_2"]))
     with pytest.raises(PlanError, match="components: text_encoder_2 cannot be merged: the target"):
         build_plan(recipe, resolve_sources(recipe))
+
+
+def test_the_order_of_components_changes_no_byte(models: Path, tmp_path: Path) -> None:
+    outputs = []
+    for name, components in (
+        ("one", ["unet", "text_encoder"]),
+        ("two", ["text_encoder", "unet"]),
+    ):
+        changes = {"components": components, "output": {"single_file": True}}
+        recipe = load_recipe(write(tmp_path, models, **changes))
+        assert recipe.components == ["unet", "text_encoder"]
+        run_recipe(recipe, tmp_path / name, device="cpu", verify=False)
+        outputs.append(contents(tmp_path / name))
+    assert "both.safetensors" in outputs[0]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_text_encoder_alone_is_merged(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, models, components=["text_encoder"], weight=0.5))
+    run_recipe(recipe, tmp_path / "out", device="cpu", verify=False)
+    merged = load_file(tmp_path / "out" / TEXT)
+    for key, values in expected(models, TEXT, 0.5).items():
+        np.testing.assert_array_equal(bits(merged[key]), values, key)
+    unet, before = load_file(tmp_path / "out" / UNET), load_file(models / "target" / UNET)
+    assert unet.keys() == before.keys()
+    assert all(torch.equal(unet[key], value) for key, value in before.items())

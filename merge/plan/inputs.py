@@ -33,6 +33,13 @@ class Inputs:
         for opened in self.sources.models:
             self._add_files(opened)
 
+    def written(self) -> Iterator[tuple[str, Checkpoint]]:
+        """Yield the target's components whose files we write: the UNet's, and what is merged."""
+        for name in dict.fromkeys(("unet", *self.recipe.components)):
+            checkpoint = self.sources.target.component(name)
+            if checkpoint is not None:
+                yield name, checkpoint
+
     def parts(self, opened: Opened) -> Iterator[tuple[str, Checkpoint]]:
         """Yield the components of a model that the recipe merges; a LoRA is one without a name."""
         if is_lora(opened.checkpoint.tensors):

@@ -52,7 +52,7 @@ class RowBuilder:
         self._name_blocks()
         self._check_patterns()
         self._check_method()
-        for component, checkpoint in self.inputs.parts(self.sources.target):
+        for component, checkpoint in self.inputs.written():
             for key, (_, spec) in sorted(checkpoint.tensors.items()):
                 self._plan_key(component, key, spec)
         if self.recipe.guidance_embedding == "bake":
@@ -62,9 +62,13 @@ class RowBuilder:
                 self._leave_out_modules(opened)
             else:
                 self._leave_out_keys(opened)
-        idle = [name for name, rows in self.by_component().items() if not _is_merged(rows)]
+        idle = [
+            name
+            for name, rows in self.by_component().items()
+            if name in self.recipe.components and not _is_merged(rows)
+        ]
         if not self.problems and idle and len(idle) < len(self.recipe.components):
-            self.problems += [f"components: nothing is added to {name}" for name in idle]
+            self._tell_idle(idle)
         if not self.problems and not _is_merged(self.rows):
             if self.recipe.allow_noop:
                 self.notes.append("nothing is added: the output is the target")
@@ -73,6 +77,15 @@ class RowBuilder:
                     "nothing would be added to the target: every weight is 0 or every key is "
                     "excluded (allow_noop=true permits it)"
                 )
+
+    def _tell_idle(self, idle: list[str]) -> None:
+        """Refuse components without a delta, but for a UNet where LoRAs are of encoders alone."""
+        for name in idle:
+            line = f"components: nothing is added to {name}"
+            if name == "unet" and len(self._loras) == len(self.sources.distilled):
+                self.notes.append(f"{line}: the LoRA has modules of text encoders alone")
+            else:
+                self.problems.append(line)
 
     def by_component(self) -> dict[str, list[TensorPlan]]:
         """Return the rows of each merged component."""
@@ -113,7 +126,8 @@ class RowBuilder:
         for pattern in unmatched(self.recipe.exclude, everything):
             self.problems.append(f"exclude: {pattern!r} matches no key of any model")
         weights = self.recipe.block_weights
-        blocks = {*self._blocks.values(), *(["BASE"] if len(self.recipe.components) > 1 else [])}
+        blocks = set(self._blocks.values())
+        blocks |= {"BASE" for name in self.recipe.components if name != "unet"}
         self.problems += unknown_blocks(weights, blocks)
         globs = [pattern for pattern in weights if not is_block_name(pattern)]
         for pattern in unmatched(globs, {*keys, GUIDANCE_EMBEDDING}):
@@ -142,6 +156,9 @@ class RowBuilder:
                 self.problems.append(f"{key}: {unsupported(spec.dtype)} in the target")
                 return
             self._keep(place, target, spec.dtype, "an integer tensor, kept from the target")
+            return
+        if component not in self.recipe.components:
+            self._keep(place, target, spec.dtype, f"{component} is not merged")
             return
         code = DTYPE_CODES.get(self.recipe.out_dtype, spec.dtype)
         if pattern := match_exclude(qualified(*place), self.recipe.exclude):

@@ -19,7 +19,7 @@ from merge.errors import RecipeError
 from merge.recipe.bundled import expand_home, find_recipe
 from merge.recipe.schema import DistilledRef, EditSpec, ModelRef, Recipe
 from merge.recipe.text import annotation_at, fields_of, parse_value, parse_yaml
-from merge.recipe.validate import validate
+from merge.recipe.validate import COMPONENTS, validate
 from merge.secrets import find_tokens
 
 # Resolvers such as ${oc.env:TOKEN} leak secrets and ${oc.coerce:...} imports modules named in the
@@ -82,6 +82,7 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
     if loaded is not None:
         origins = [keys for keys in overridden if keys]
         loaded = _absolute_paths(loaded, path.resolve().parent, origins)
+        loaded = _order_components(loaded)
         problems += [
             problem
             for problem in validate(loaded)
@@ -341,6 +342,17 @@ def _absolute_paths(recipe: Recipe, recipe_folder: Path, overridden: Sequence[Ke
         models=dataclasses.replace(models, base=base, distilled=distilled, target=target),
         verify=dataclasses.replace(recipe.verify, edits=edits),
     )
+
+
+def _order_components(recipe: Recipe) -> Recipe:
+    """Put components into one order: they are a set, and no bytes may depend on how it is written.
+
+    Names that are none of them, or stand there twice, keep their places for the error.
+    """
+    named = recipe.components
+    if len(set(named)) < len(named) or not set(named) <= set(COMPONENTS):
+        return recipe
+    return dataclasses.replace(recipe, components=[c for c in COMPONENTS if c in named])
 
 
 def _absolute(text: str, folder: Path) -> str:

@@ -21,6 +21,7 @@ _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 # What git takes for the name of a branch, tag or commit.
 _REVISION = re.compile(r"(?![-/.])(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])")
 
+# In the order in which they are merged and written.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CHANNEL_RULES = ("skip", "first", "error")
 OUT_DTYPES = ("float16", "bfloat16", "float32", "keep")
@@ -108,8 +109,8 @@ def _is_inside(text: str) -> bool:
 def _check_rules(recipe: Recipe) -> Iterator[str]:
     for name in recipe.components:
         yield from _choice("components", name, COMPONENTS)
-    if "unet" not in recipe.components or len(set(recipe.components)) < len(recipe.components):
-        yield f"components: {recipe.components} - name unet and what else is merged, each once"
+    if not recipe.components or len(set(recipe.components)) < len(recipe.components):
+        yield f"components: {recipe.components} - name what is merged, each once"
     yield from _choice("channel_rule", recipe.channel_rule, CHANNEL_RULES)
     for pattern, weight in recipe.block_weights.items():
         yield from _finite(f"block_weights[{pattern}]", weight)
