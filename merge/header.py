@@ -75,6 +75,11 @@ DTYPE_WORDS: dict[str, str] = {
     "U32": "uint32",
     "U64": "uint64",
     "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 DTYPE_CODES: dict[str, str] = {word: code for code, word in DTYPE_WORDS.items()}
 

@@ -47,7 +47,8 @@ def recipe_digest(recipe: Recipe, sources: Sources, digests: InputDigests) -> st
     """
 
     def files(model: ResolvedModel) -> list[str]:
-        return [digests[model.role, file.name] for file in model.merged_files(recipe.components)]
+        found = [digests[model.role, file.name] for file in model.merged_files(recipe.components)]
+        return found if model.ema == "auto" else [*found, f"ema {model.ema}".lower()]
 
     facts = {
         "method": recipe.method,

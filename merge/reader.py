@@ -124,11 +124,13 @@ class Checkpoint:
         files: In the order given.
         tensors: Key to `(index into files, where the tensor is in that file)`.
         metadata: Of the first file.
+        scales: Key of a tensor to where the factor of its values is: one, or one for each row.
     """
 
     files: tuple[CheckpointFile, ...]
     tensors: Mapping[str, tuple[int, TensorSpec]]
     metadata: Mapping[str, str]
+    scales: Mapping[str, tuple[int, TensorSpec]] = field(default_factory=dict)
 
     @property
     def left_out(self) -> tuple[tuple[str, str], ...]:

@@ -161,16 +161,13 @@ def test_casts_and_copies_are_told_apart(tmp_path: Path) -> None:
     assert table["conv_in.bias"]["action"] == "copy"
 
 
-def test_float8_and_float64_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_float64_is_refused_with_the_reason(tmp_path: Path) -> None:
     models = write_models(tmp_path)
-    models["target"]["conv_out.weight"] = models["target"]["conv_out.weight"].to(
-        torch.float8_e4m3fn
-    )
     models["base"]["conv_in.bias"] = models["base"]["conv_in.bias"].double()
     for role, tensors in models.items():
         write_unet(tmp_path / role, tensors)
     write_recipe(tmp_path)
-    with pytest.raises(PlanError, match=r"(?s)conv_in.bias: F64.*base.*F8_E4M3 is float8"):
+    with pytest.raises(PlanError, match=r"conv_in.bias: float64 cannot be merged .* in base"):
         plan_of(tmp_path)
 
 
@@ -298,8 +295,8 @@ def test_roles_that_do_not_fit(tmp_path: Path) -> None:
         plan_of(tmp_path, f"models.target={tmp_path}/other.safetensors")
     ldm = {f"model.diffusion_model.{k}": v for k, v in models["target"].items()}
     save_file(ldm, tmp_path / "ldm.safetensors")
-    with pytest.raises(CheckpointError, match="conv_in.bias: this key of a UNet has no counter"):
-        plan_of(tmp_path, f"models.target={tmp_path}/ldm.safetensors")
+    # Diffusers names under the prefix of a single file are those of a UNet that is alone.
+    assert plan_of(tmp_path, f"models.target={tmp_path}/ldm.safetensors").counts["delta"] == 7
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -399,7 +396,7 @@ def test_planning_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     tree = json.loads(child.stdout)
     assert set(tree) == {
         *("schema_version", "recipe", "architecture", "tensors", "left_out", "counts"),
-        *("blocks", "notes", "read_bytes", "write_bytes", "peak_bytes"),
+        *("blocks", "notes", "warnings", "read_bytes", "write_bytes", "peak_bytes"),
     }
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -36,6 +36,20 @@ _SHOWN_KEYS = 3
 @click.option(
     "--allow-pickle", is_flag=True, help="Read .ckpt and .bin too; nothing in them is run."
 )
+@click.option(
+    "--ema",
+    type=click.Choice(["auto", "true", "false"]),
+    default="auto",
+    show_default=True,
+    help="Take the moving average of the UNet in a training's file, where it is beside the plain "
+    "weights; auto takes one that is whole, as published folders do.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out keys of a single file that belong to no part of it; may be repeated.",
+)
 @common_options
 def convert_command(
     source: Path,
@@ -44,6 +58,8 @@ def convert_command(
     config: Path | None,
     overwrite: bool,
     allow_pickle: bool,
+    ema: str,
+    exclude: tuple[str, ...],
 ) -> None:
     """Turn the diffusers folder IN into one LDM/SGM file OUT, or a single file into a folder.
 
@@ -62,6 +78,8 @@ def convert_command(
             config=config,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
+            ema={"true": True, "false": False}.get(ema, ema),
+            exclude=exclude,
             on_progress=bars,
         )
     finally:

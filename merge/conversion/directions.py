@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from merge.conversion.model import ConvertResult, Options, Progress
@@ -22,6 +23,8 @@ def convert(
     config: str | Path | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    ema: str | bool = "auto",
+    exclude: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> ConvertResult:
     """Move a model between a diffusers folder and a single LDM (SD1.5) or SGM (SDXL) file.
@@ -37,6 +40,9 @@ def convert(
             scheduler and configs go into the new folder.
         overwrite: Replace an existing file, or a folder that an earlier conversion wrote.
         allow_pickle: Also read `.ckpt` and `.bin` files, without running anything of them.
+        ema: Whether a file's moving average is taken in the place of its UNet's plain weights:
+            True, False, or `auto`, which takes it where it is whole.
+        exclude: Globs of keys of a single file that belong to no part of it and are left out.
         on_progress: Called with `convert`, the bytes written and the bytes in all.
 
     Raises:
@@ -70,7 +76,7 @@ def convert(
             f"{source} is a single file, which has no tokenizers and configs",
             hint="name a pipeline folder of the same architecture with --config",
         )
-    options = Options(overwrite, allow_pickle, on_progress)
+    options = Options(overwrite, allow_pickle, ema, exclude, on_progress)
     try:
         if config is None:
             return convert_to_file(source, out, options)

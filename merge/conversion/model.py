@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,15 @@ class Options:
     Attributes:
         overwrite: Replace an earlier output.
         allow_pickle: Also read pickles.
+        ema: Whether a moving average beside plain weights is taken: True, False or `auto`.
+        exclude: Globs of keys of a single file that belong to no part of it and are left out.
         on_progress: Told how far it is.
     """
 
     overwrite: bool = False
     allow_pickle: bool = False
+    ema: str | bool = "auto"
+    exclude: Sequence[str] = ()
     on_progress: Progress | None = None
 
 

@@ -10,6 +10,7 @@ from merge.conversion.configs import read_json
 from merge.conversion.metadata import EDIT_CHANNELS, single_file_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
 from merge.errors import CheckpointError, SourceNotFoundError
+from merge.intake import take_in
 from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
 from merge.layout import plan_single_file, write_tensor_copies
 from merge.layout.write import plan_header
@@ -81,7 +82,11 @@ def _read_component(source: Path, name: str, allow_pickle: bool) -> Checkpoint:
     names = {path.name for path in folder.iterdir() if path.is_file()}
     weights = select_weights(names, None, str(folder), allow_pickle=allow_pickle)
     paths = [folder / file for file in weights.names]
-    return read_checkpoint(paths, allow_pickle=allow_pickle)
+    checkpoint = read_checkpoint(paths, allow_pickle=allow_pickle)
+    try:
+        return take_in(checkpoint).checkpoint
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.message}", hint=error.hint) from None
 
 
 def _recognise(source: Path, unet: Checkpoint) -> UNetArchitecture:

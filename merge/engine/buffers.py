@@ -17,7 +17,15 @@ from merge.header import DTYPE_BITS
 from merge.plan.model import TensorRef
 from merge.reader import FileReader
 
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+TORCH_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 _SCRATCH = 3
 # Of a device with memory of its own: one for each input, one for the output.
 _SLOTS = 4
@@ -50,6 +58,7 @@ class Buffers:
         self._scratch = [torch.empty(block, device=device) for _ in range(_SCRATCH)]
         self._scratch_bytes: dict[int, memoryview] = {}
         self._grown: dict[tuple[torch.dtype, int], torch.Tensor] = {}
+        self._scale: tuple[TensorRef, torch.Tensor] | None = None
         # Making a view takes as long as adding some thousand elements.
         self._views: dict[tuple[int | str, int], torch.Tensor] = {}
 
@@ -120,9 +129,11 @@ class Buffers:
         if ref.dtype == "F32":
             data = _bytes_of(values)
             self._readers[ref.file].read_into(data, ref.start + start * 4)
-            return values, data
-        data = self.read(ref, start, count)
-        values.copy_(self._stored(ref.dtype, count))
+        else:
+            data = self.read(ref, start, count)
+            values.copy_(self._stored(ref.dtype, count))
+        if ref.scale is not None:
+            self._multiply(values, ref, start)
         return values, data
 
     def read_grown(
@@ -135,8 +146,42 @@ class Buffers:
             part = min(step, count - begin)
             self.read(ref, start + begin, part)
             # Blocking, since the next part reuses the memory.
-            values[begin : begin + part].copy_(self._stored(ref.dtype, part))
+            stored = self._stored(ref.dtype, part)
+            if ref.scale is not None:
+                stored = stored.to(self.device, torch.float32, copy=True)
+                self._multiply(stored, ref, start + begin)
+            values[begin : begin + part].copy_(stored)
         return values
+
+    def _multiply(self, values: torch.Tensor, ref: TensorRef, start: int) -> None:
+        """Multiply elements of an input by its scale, in place.
+
+        Args:
+            values: float32, from element `start` on.
+            ref: The input.
+            start: Index of the first element.
+        """
+        assert ref.scale is not None
+        scales = self._read_scale(ref.scale)
+        if len(scales) == 1:
+            values *= scales
+            return
+        row, end = ref.row_elements, start + len(values)
+        # Whole rows at once, and the parts of rows at both ends.
+        first = min(-(-start // row) * row, end)
+        last = max(end // row * row, first)
+        for begin, stop in ((start, first), (first, last), (last, end)):
+            if begin < stop:
+                part = values[begin - start : stop - start].view(-1, min(row, stop - begin))
+                part *= scales[begin // row : -(-stop // row)].view(-1, 1)
+
+    def _read_scale(self, scale: TensorRef) -> torch.Tensor:
+        """Return a scale as float32; that of a tensor whose blocks are read stays."""
+        if self._scale is None or self._scale[0] != scale:
+            data = self._readers[scale.file].read(scale.start, scale.size_bytes)
+            stored = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[scale.dtype])
+            self._scale = scale, stored.to(self.device, torch.float32)
+        return self._scale[1]
 
     def round(self, values: torch.Tensor, dtype: str) -> memoryview:
         """Return float32 values as bytes of a dtype; they stay until anything is read."""
@@ -177,11 +222,12 @@ class StagedBuffers(Buffers):
         raw = self._raw[slot][:size]
         raw.copy_(self._host[slot][:size], non_blocking=True)
         self._sent[slot].record()
-        stored = raw.view(TORCH_DTYPES[ref.dtype])
-        if ref.dtype == "F32":
-            return stored, data
-        values = self.scratch(slot, count)
-        values.copy_(stored)
+        values = stored = raw.view(TORCH_DTYPES[ref.dtype])
+        if ref.dtype != "F32":
+            values = self.scratch(slot, count)
+            values.copy_(stored)
+        if ref.scale is not None:
+            self._multiply(values, ref, start)
         return values, data
 
     def round(self, values: torch.Tensor, dtype: str) -> memoryview:

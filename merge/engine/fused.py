@@ -124,7 +124,11 @@ class FusedAdder:
         is_one = bool(tensor.loras) if not tensor.deltas else len(tensor.deltas) == 1
         is_both = bool(tensor.loras and tensor.deltas)
         is_partial = tensor.delta_row_elements != tensor.row_elements
-        return is_one and not (is_both or is_partial or tensor.is_whole or tensor.bakes)
+        stored = [tensor.target]
+        stored += [ref for term in tensor.deltas for ref in (term.distilled, term.base)]
+        is_plain = all(ref.dtype in _CODES and ref.scale is None for ref in stored)
+        is_special = is_both or is_partial or tensor.is_whole or bool(tensor.bakes)
+        return is_one and is_plain and not is_special
 
     def add_delta(
         self, tensor: TensorPlan, start: int, count: int

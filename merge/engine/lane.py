@@ -227,7 +227,7 @@ class Lane:
         step = self._plain_block if is_float else max(1, self._buffers.block * 4 // width)
         for start in range(unit.start, unit.start + unit.count, step):
             count = min(step, unit.start + unit.count - start)
-            if is_float and ref.dtype != tensor.dtype_out:
+            if is_float and (ref.dtype != tensor.dtype_out or ref.scale is not None):
                 values = self._buffers.read_float(ref, start, count, 0)
                 self._write(tensor, unit.tensor, values, start, state)
                 continue

@@ -5,7 +5,6 @@ Every translation is a table plus one function that checks it to be one-to-one.
 
 from merge.keymap.architecture import (
     CONV_IN,
-    EDM_MARKERS,
     GUIDANCE_EMBEDDING,
     UNetArchitecture,
     detect_unet,
@@ -13,12 +12,16 @@ from merge.keymap.architecture import (
 from merge.keymap.blocks import block_order, is_block_name, unet_blocks
 from merge.keymap.one_to_one import one_to_one
 from merge.keymap.pairs import KeyPair
-from merge.keymap.single_file import SplitFile, join_single_file, split_single_file
+from merge.keymap.single_file import (
+    SplitFile,
+    join_single_file,
+    split_single_file,
+    unknown_keys,
+)
 from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
 
 __all__ = [
     "CONV_IN",
-    "EDM_MARKERS",
     "GUIDANCE_EMBEDDING",
     "LDM_UNET_PREFIX",
     "KeyPair",
@@ -33,4 +36,5 @@ __all__ = [
     "split_single_file",
     "unet_blocks",
     "unet_to_ldm",
+    "unknown_keys",
 ]

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 CONV_IN = "conv_in.weight"
 # The guidance-scale embedding that a full LCM adds; InstructPix2Pix pipelines never feed it.
 GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"
-# Marker tensors of v-prediction EDM checkpoints such as cosxl_edit.
-EDM_MARKERS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 _ARCHITECTURES = {
     "sd15": "Stable Diffusion 1.x",

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from merge.errors import CheckpointError
-from merge.keymap.architecture import EDM_MARKERS
 from merge.keymap.pairs import KeyPair, checked_pairs, strip
 from merge.keymap.text import (
     SD15_TEXT_PREFIX,
@@ -20,6 +19,7 @@ from merge.keymap.text import (
 )
 from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
 from merge.keymap.vae import VAE_PREFIX, single_to_vae, vae_to_single
+from merge.kinds import is_marker
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _PREFIXES = (
@@ -46,7 +46,12 @@ _LEFT_OUT: tuple[tuple[re.Pattern[str], str], ...] = (
         "of the VAE's training",
     ),
     (re.compile(r"(?:optimizer\w*|lr_scheduler\w*|callbacks|loops)(?:\..+)?"), "of training"),
-    (re.compile(r"scale_factor|v_pred|ztsnr"), "a marker, not a weight"),
+    (re.compile(r"scale_factor"), "a constant, which the VAE's config holds"),
+    (
+        re.compile(r"conditioner\.embedders\.1\.(?:.+\.)?(?:position_ids|attn_mask)"),
+        "a constant, which no text encoder loads",
+    ),
+    (re.compile(r"embedding_manager\..+"), "of textual inversion's training"),
     (re.compile(r"cond_stage_model\.transformer\.vision_model\..+"), "CLIP's picture half"),
 )
 # Roots of a UNet outside of `model.diffusion_model.`.
@@ -92,12 +97,11 @@ def split_single_file(names: Collection[str]) -> SplitFile:
         )
     left_out = {name: reason for name in sorted(names) if (reason := _reason(name))}
     rest = [name for name in names if name not in left_out]
-    unknown = sorted(name for name in rest if not name.startswith(_PREFIXES))
-    if unknown:
+    if unknown := unknown_keys(names):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
         raise CheckpointError(
             f"keys that belong to no part of an LDM/SGM file: {shown}",
-            hint="only Stable Diffusion 1.x and XL files are known",
+            hint="if they are of no use, leave them out by `exclude` with their names or a glob",
         )
     unet = ldm_to_unet(strip(rest, LDM_UNET_PREFIX))
     pairs = {
@@ -112,6 +116,11 @@ def split_single_file(names: Collection[str]) -> SplitFile:
         "text_encoder_2": single_to_open_clip(rest),
     }
     return SplitFile({name: found for name, found in pairs.items() if found}, left_out)
+
+
+def unknown_keys(names: Collection[str]) -> list[str]:
+    """Return the keys of a single file that belong to no part of it, sorted."""
+    return sorted(n for n in names if not n.startswith(_PREFIXES) and not _reason(n))
 
 
 def join_single_file(keys: Mapping[str, Collection[str]]) -> SplitFile:
@@ -148,6 +157,6 @@ def join_single_file(keys: Mapping[str, Collection[str]]) -> SplitFile:
 
 
 def _reason(name: str) -> str:
-    if name in EDM_MARKERS:
-        return "the marker of an EDM v-prediction model"
+    if is_marker(name):
+        return "a marker, not a weight"
     return next((reason for pattern, reason in _LEFT_OUT if pattern.fullmatch(name)), "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merge.errors import CheckpointError
 from merge.keymap import KeyPair, join_single_file, split_single_file
 from merge.keymap.pairs import FUSED, FUSED_PARTS, POINTWISE, TRANSPOSED
-from merge.layout.model import TensorCopy, piece_of
+from merge.layout.model import TensorCopy, dtype_of, piece_of
 from merge.reader import Checkpoint
 
 
@@ -72,26 +72,28 @@ def _to_single(part: Checkpoint, pair: KeyPair) -> TensorCopy:
     elif pair.form == TRANSPOSED:
         shape = _turned(pair.folder, shape)
     pieces = (piece_of(part, pair.folder),)
-    return TensorCopy(pair.single, spec.dtype, shape, pieces, pair.form == TRANSPOSED)
+    dtype = dtype_of(part, pair.folder)
+    return TensorCopy(pair.single, dtype, shape, pieces, pair.form == TRANSPOSED)
 
 
 def _fuse(part: Checkpoint, name: str, thirds: Mapping[int, KeyPair]) -> TensorCopy:
     keys = [thirds[index].folder for index in range(FUSED_PARTS)]
     specs = [part.tensors[key][1] for key in keys]
     first = specs[0]
-    for spec in specs[1:]:
-        if (spec.dtype, spec.shape) != (first.dtype, first.shape):
+    dtype = dtype_of(part, keys[0])
+    for key, spec in zip(keys[1:], specs[1:], strict=True):
+        if (dtype_of(part, key), spec.shape) != (dtype, first.shape):
             raise CheckpointError(
                 f"{spec.name}: {spec.dtype} of shape {list(spec.shape)} cannot be fused with "
                 f"{first.name}, {first.dtype} of shape {list(first.shape)}"
             )
     shape = (FUSED_PARTS * first.shape[0], *first.shape[1:])
-    return TensorCopy(name, first.dtype, shape, tuple(piece_of(part, key) for key in keys))
+    return TensorCopy(name, dtype, shape, tuple(piece_of(part, key) for key in keys))
 
 
 def _to_folder(checkpoint: Checkpoint, pair: KeyPair) -> TensorCopy:
-    spec = checkpoint.tensors[pair.single][1]
-    shape = spec.shape
+    shape = checkpoint.tensors[pair.single][1].shape
+    dtype = dtype_of(checkpoint, pair.single)
     if pair.form == FUSED:
         rows, rest = divmod(shape[0] if shape else 0, FUSED_PARTS)
         if rest or not shape:
@@ -99,13 +101,13 @@ def _to_folder(checkpoint: Checkpoint, pair: KeyPair) -> TensorCopy:
                 f"{pair.single}: shape {list(shape)} has no three equal parts for query, key, value"
             )
         piece = piece_of(checkpoint, pair.single, pair.part * rows, rows)
-        return TensorCopy(pair.folder, spec.dtype, (rows, *shape[1:]), (piece,))
+        return TensorCopy(pair.folder, dtype, (rows, *shape[1:]), (piece,))
     if pair.form == POINTWISE and len(shape) == 4 and shape[2:] == (1, 1):
         shape = shape[:2]
     elif pair.form == TRANSPOSED:
         shape = _turned(pair.single, shape)
     pieces = (piece_of(checkpoint, pair.single),)
-    return TensorCopy(pair.folder, spec.dtype, shape, pieces, pair.form == TRANSPOSED)
+    return TensorCopy(pair.folder, dtype, shape, pieces, pair.form == TRANSPOSED)
 
 
 def _turned(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from merge.digest import FileDigest
 from merge.errors import CheckpointError
 from merge.header import DTYPE_BITS, Header, TensorSpec, encode_header
-from merge.layout.model import TensorCopy, TensorPiece
+from merge.layout.model import Scale, TensorCopy, TensorPiece
+from merge.layout.scaled import scale_values, to_float32
 from merge.reader import FileReader
 from merge.writer import TensorFileWriter
 
@@ -68,7 +70,8 @@ def write_tensor_copies(
     by_name = {copy.name: copy for copy in copies}
     with ExitStack() as stack:
         readers: dict[Path, FileReader] = {}
-        stamps = {piece.path: piece.stamp for copy in copies for piece in copy.pieces}
+        inputs = (part for copy in copies for piece in copy.pieces for part in piece.inputs)
+        stamps = {part.path: part.stamp for part in inputs}
         for source, stamp in stamps.items():
             readers[source] = stack.enter_context(FileReader(source, stamp))
         writer = stack.enter_context(TensorFileWriter(path, header.file_bytes))
@@ -114,27 +117,48 @@ def _write_tensor(
     copy: TensorCopy, spec: TensorSpec, readers: Mapping[Path, FileReader], sink: _Sink
 ) -> None:
     if copy.transposed:
-        piece = copy.pieces[0]
-        sink.write(_transposed(copy, readers[piece.path], piece), spec.start)
+        sink.write(_transposed(copy, readers), spec.start)
         return
     offset = spec.start
     for piece in copy.pieces:
+        scales = _read_scales(piece, readers)
         reader = readers[piece.path]
         for begin in range(0, piece.size_bytes, CHUNK_BYTES):
             chunk = sink.buffer[: min(CHUNK_BYTES, piece.size_bytes - begin)]
             reader.read_into(chunk, piece.start + begin)
+            if piece.scale is not None:
+                chunk = _scaled(chunk, piece.scale, scales, begin)
             sink.write(chunk, offset)
             offset += len(chunk)
 
 
-def _transposed(copy: TensorCopy, reader: FileReader, piece: TensorPiece) -> memoryview:
+def _read_scales(piece: TensorPiece, readers: Mapping[Path, FileReader]) -> Any:
+    """Return the factors of a piece as float32; None where there are none."""
+    if piece.scale is None:
+        return None
+    numbers = piece.scale.numbers
+    data = readers[numbers.path].read(numbers.start, numbers.size_bytes)
+    return to_float32(memoryview(data), piece.scale.numbers_dtype)
+
+
+def _scaled(data: memoryview, scale: Scale, scales: Any, begin: int) -> memoryview:
+    """Return stored numbers from byte `begin` of a piece on as values in float32."""
+    values = to_float32(data, scale.dtype)
+    scale_values(values, scales, begin * 8 // DTYPE_BITS[scale.dtype], scale.row_elements)
+    return memoryview(values.data).cast("B")
+
+
+def _transposed(copy: TensorCopy, readers: Mapping[Path, FileReader]) -> memoryview:
     """Return a matrix read whole and turned; the largest is a text projection of 7 MB."""
     # Here, since planning needs this package and not numpy, which takes 0.1 s to import.
     import numpy as np
 
+    (piece,) = copy.pieces
     rows, columns = copy.shape
-    data = bytearray(piece.size_bytes)
-    reader.read_into(memoryview(data), piece.start)
+    data = memoryview(bytearray(piece.size_bytes))
+    readers[piece.path].read_into(data, piece.start)
+    if piece.scale is not None:
+        data = _scaled(data, piece.scale, _read_scales(piece, readers), 0)
     width = DTYPE_BITS[copy.dtype] // 8
     matrix = np.frombuffer(data, dtype=f"u{width}").reshape(columns, rows)
     return memoryview(matrix.T.tobytes())

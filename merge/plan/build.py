@@ -48,7 +48,7 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         CheckpointError: a weight file breaks its format.
         PlanError: keys, shapes, architectures or dtypes do not fit; all problems together.
     """
-    opened = open_sources(sources, _prediction_type(recipe))
+    opened = open_sources(sources, _prediction_type(recipe), recipe.exclude)
     builder = RowBuilder(recipe, opened)
     builder.run()
     problems = [*builder.problems, *_check_output(recipe, opened)]
@@ -77,10 +77,15 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         components=components,
         left_out=(*builder.left_out, *besides),
         notes=(*describe_roles(opened), *builder.notes),
+        warnings=(*_warnings(opened), *builder.warnings),
         relaid=relaid,
         copy_bytes=copy_bytes,
         single_file_bytes=merged_bytes + copy_bytes if recipe.output.single_file else 0,
     )
+
+
+def _warnings(opened: OpenedSources) -> list[str]:
+    return [f"{model.title}: {line}" for model in opened.models for line in model.warnings]
 
 
 def _component(name: str, rows: list[TensorPlan], metadata: Mapping[str, str]) -> ComponentPlan:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from merge.errors import CheckpointError, PlanError
+from merge.intake import Intake, take_in, without
 from merge.keymap import (
-    EDM_MARKERS,
     LDM_UNET_PREFIX,
     UNetArchitecture,
     detect_unet,
     split_single_file,
+    unknown_keys,
 )
+from merge.kinds import EDM, Prediction
 from merge.layout import TensorCopy, copies_of, plan_components
 from merge.lora import has_magnitudes, is_lora
 from merge.plan.model import LeftOut
+from merge.plan.patterns import match_exclude
 from merge.reader import Checkpoint, read_checkpoint
 from merge.sources import ResolvedModel, SourceFile, Sources, opener_of
 
@@ -33,8 +37,9 @@ class Opened:
         unet: Its architecture; None for a LoRA.
         text: The tensors of its text encoders by component, where they could be merged.
         left_out: Keys of its files that belong to none of these, each with its reason.
-        edm_marker: The key that tells an EDM v-prediction file; empty for others.
+        prediction: What its files say that it predicts.
         relaid: For a target in a single file, its other components under a folder's names.
+        warnings: What a user should decide.
     """
 
     model: ResolvedModel
@@ -42,13 +47,19 @@ class Opened:
     unet: UNetArchitecture | None
     text: Mapping[str, Checkpoint] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
-    edm_marker: str = ""
+    prediction: Prediction = field(default_factory=Prediction)
     relaid: Mapping[str, tuple[TensorCopy, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def role(self) -> str:
         """Return the model's role."""
         return self.model.role
+
+    @property
+    def title(self) -> str:
+        """Return the model's role and name, for messages."""
+        return f"{self.model.role} ({self.model.label})"
 
     def component(self, name: str) -> Checkpoint | None:
         """Return the tensors of a component, or None when the model does not have it."""
@@ -70,11 +81,14 @@ class OpenedSources:
         return (self.target, *base, *self.distilled)
 
 
-def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSources:
+def open_sources(
+    sources: Sources, prediction_type: str = "epsilon", exclude: Sequence[str] = ()
+) -> OpenedSources:
     """Read every header and refuse what cannot be merged, with the reason.
 
     Args:
         sources: The models.
+        exclude: Patterns of keys that single files may hold beside what is known.
         prediction_type: What all of them predict, as the recipe says. UNet folders and LoRAs do
             not tell, and nearly all few-step distillations predict epsilon.
 
@@ -82,7 +96,7 @@ def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSo
         CheckpointError: a file breaks its format.
         PlanError: the models do not belong together.
     """
-    opened = {model.role: _open(model) for model in sources.models}
+    opened = {model.role: _open(model, exclude) for model in sources.models}
     result = OpenedSources(
         opened["target"],
         opened.get("base"),
@@ -99,32 +113,50 @@ def open_sources(sources: Sources, prediction_type: str = "epsilon") -> OpenedSo
     return result
 
 
-def _open(model: ResolvedModel) -> Opened:
-    checkpoint = _read(model, model.weights)
-    names = checkpoint.tensors
-    marker = next((name for name in EDM_MARKERS if name in names), "")
-    if any(name.startswith(LDM_UNET_PREFIX) for name in names):
-        return _open_single_file(model, checkpoint, marker)
-    text = {name: _read(model, files) for name, files in model.text_encoders.items()}
-    unet = None if is_lora(names) else detect_unet(checkpoint.shapes)
-    left_out = _besides_tensors(model, checkpoint, *text.values())
-    return Opened(model, checkpoint, unet, text, left_out, marker)
+def _open(model: ResolvedModel, exclude: Sequence[str]) -> Opened:
+    weights = _read(model, model.weights)
+    if any(name.startswith(LDM_UNET_PREFIX) for name in weights.checkpoint.tensors):
+        return _open_single_file(model, weights, exclude)
+    texts = {name: _read(model, files) for name, files in model.text_encoders.items()}
+    names = weights.checkpoint.tensors
+    return Opened(
+        model,
+        weights.checkpoint,
+        None if is_lora(names) else detect_unet(weights.checkpoint.shapes),
+        {name: text.checkpoint for name, text in texts.items()},
+        _left_out_of(model, weights, *texts.values()),
+        weights.prediction,
+        warnings=weights.warnings,
+    )
 
 
-def _read(model: ResolvedModel, files: Sequence[SourceFile]) -> Checkpoint:
+def _read(model: ResolvedModel, files: Sequence[SourceFile]) -> Intake:
     paths = [file.path for file in files]
-    return read_checkpoint(
+    checkpoint = read_checkpoint(
         paths, allow_pickle=model.allow_pickle, opener=opener_of(files, model.role)
     )
+    with _naming(model):
+        return take_in(checkpoint, model.ema)
 
 
-def _besides_tensors(model: ResolvedModel, *checkpoints: Checkpoint) -> tuple[LeftOut, ...]:
-    """List what pickles hold besides tensors, such as the state of a training."""
-    return tuple(
-        LeftOut(model.role, key, reason)
-        for checkpoint in checkpoints
-        for key, reason in checkpoint.left_out
-    )
+@contextmanager
+def _naming(model: ResolvedModel) -> Iterator[None]:
+    """Say of which model an error is."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{model.role} ({model.label}): {error.message}", hint=error.hint
+        ) from None
+
+
+def _left_out_of(model: ResolvedModel, *parts: Intake) -> tuple[LeftOut, ...]:
+    """List what files hold besides tensors that count: markers, the state of a training."""
+    found = []
+    for part in parts:
+        reasons = {**part.left_out, **dict(part.checkpoint.left_out)}
+        found += [LeftOut(model.role, key, reasons[key]) for key in sorted(reasons)]
+    return tuple(found)
 
 
 def read_converted(
@@ -148,22 +180,29 @@ def read_converted(
         for part in parts
         if part.converted_name and part.name not in merged
     }
-    copies = {name: tuple(copies_of(checkpoint)) for name, checkpoint in found.items()}
-    return copies, _besides_tensors(target, *found.values())
+    copies = {name: tuple(copies_of(part.checkpoint)) for name, part in found.items()}
+    return copies, _left_out_of(target, *found.values())
 
 
-def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str) -> Opened:
+def _open_single_file(model: ResolvedModel, weights: Intake, exclude: Sequence[str]) -> Opened:
     """Give an LDM/SGM file's UNet its diffusers keys, and a reason for every other key."""
-    try:
+    checkpoint = weights.checkpoint
+    with _naming(model):
+        excluded = {
+            name: f"excluded by {pattern!r}"
+            for name in unknown_keys(checkpoint.tensors)
+            if (pattern := match_exclude(name, exclude))
+        }
+        checkpoint = without(checkpoint, excluded)
         parts = split_single_file(checkpoint.tensors)
         relayout = plan_components(checkpoint) if model.role == "target" else None
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{model.role} ({model.label}): {error.message}", hint=error.hint
-        ) from None
-    tensors = {key: checkpoint.tensors[name] for name, key in parts.unet.items()}
-    unet = Checkpoint(checkpoint.files, tensors, checkpoint.metadata)
-    reasons = dict(parts.left_out)
+    names = parts.unet
+    unet = replace(
+        checkpoint,
+        tensors={key: checkpoint.tensors[name] for name, key in names.items()},
+        scales={names[n]: place for n, place in checkpoint.scales.items() if n in names},
+    )
+    reasons = {**parts.left_out, **excluded}
     relaid = {}
     if relayout is not None:
         relaid = {name: copies for name, copies in relayout.copies.items() if name != "unet"}
@@ -172,19 +211,28 @@ def _open_single_file(model: ResolvedModel, checkpoint: Checkpoint, marker: str)
         reasons |= {pair.single: "not the UNet, which alone is merged" for pair in others}
     left_out = (
         *(LeftOut(model.role, name, reasons[name]) for name in sorted(reasons)),
-        *_besides_tensors(model, checkpoint),
+        *_left_out_of(model, weights),
     )
-    return Opened(model, unet, detect_unet(unet.shapes), {}, left_out, marker, relaid)
+    return Opened(
+        model,
+        unet,
+        detect_unet(unet.shapes),
+        {},
+        left_out,
+        weights.prediction,
+        relaid,
+        weights.warnings,
+    )
 
 
 def _check_kinds(sources: OpenedSources) -> list[str]:
     problems = []
     for opened in sources.models:
         names = opened.checkpoint.tensors
-        if opened.edm_marker:
+        if opened.prediction.kind == EDM:
             problems.append(
-                f"{opened.role} ({opened.model.label}) is an EDM v-prediction model (it has "
-                f"{opened.edm_marker}); the delta of an epsilon model means something else there"
+                f"{opened.title} is {opened.prediction.title}; the delta of an epsilon model means "
+                "something else there"
             )
         elif opened.unet is not None:
             continue
@@ -280,6 +328,13 @@ def _check_families(sources: OpenedSources) -> list[str]:
 def _check_predictions(sources: OpenedSources, prediction_type: str) -> list[str]:
     problems = []
     for opened in sources.models:
+        stated = opened.prediction
+        if stated.kind not in ("", EDM, prediction_type):
+            problems.append(
+                f"{opened.title} is {stated.title}, and not an {prediction_type} one: all models "
+                f"of a merge must predict the same, and scheduler.config.prediction_type says what"
+            )
+            continue
         scheduler = opened.model.scheduler
         if scheduler is None:
             continue

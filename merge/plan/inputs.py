@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from merge.header import DTYPE_WORDS, TensorSpec
+from merge.kinds import FLOAT8
 from merge.lora import is_lora
 from merge.plan.compat import Opened, OpenedSources
 from merge.plan.model import PlanFile, TensorRef
 from merge.reader import Checkpoint
 from merge.recipe.schema import Recipe
 
-FLOATS = ("F16", "BF16", "F32")
+FLOATS = ("F16", "BF16", "F32", *FLOAT8)
 
 
 @dataclass
@@ -54,9 +57,11 @@ class Inputs:
         """Return where a tensor of a component, or of a LoRA (`unet`), is."""
         checkpoint = opened.component(component)
         assert checkpoint is not None
-        index, spec = checkpoint.tensors[key]
         offset = self._offsets[opened.role, component]
-        return TensorRef(offset + index, spec.dtype, spec.shape, spec.start, spec.size_bytes)
+        scale = None
+        if key in checkpoint.scales:
+            scale = _ref(offset, *checkpoint.scales[key])
+        return dataclasses.replace(_ref(offset, *checkpoint.tensors[key]), scale=scale)
 
     def spelling(self, opened: Opened, component: str, key: str) -> str | None:
         """Return a key as a model spells it: text encoders come with and without `text_model.`."""
@@ -85,6 +90,10 @@ class Inputs:
                 )
 
 
+def _ref(offset: int, index: int, spec: TensorSpec) -> TensorRef:
+    return TensorRef(offset + index, spec.dtype, spec.shape, spec.start, spec.size_bytes)
+
+
 def qualified(component: str, key: str) -> str:
     """Return the name that patterns are matched with."""
     return key if component in ("unet", "") else f"{component}.{key}"
@@ -92,6 +101,5 @@ def qualified(component: str, key: str) -> str:
 
 def unsupported(code: str) -> str:
     """Return why a dtype cannot be merged."""
-    if code.startswith("F8"):
-        return f"{code} is float8, which needs its scales to mean anything and is not merged yet,"
-    return f"{code} cannot be merged (float16, bfloat16 and float32 can)"
+    word = DTYPE_WORDS.get(code, code)
+    return f"{word} cannot be merged (float16, bfloat16, float32 and float8 can)"

@@ -47,6 +47,8 @@ class TensorRef:
         shape: Dimensions.
         start: First byte in the file.
         size_bytes: Length.
+        scale: What the stored numbers are multiplied by, in float32: one number, or one for each
+            row; None where they are the values.
     """
 
     file: int
@@ -54,6 +56,12 @@ class TensorRef:
     shape: tuple[int, ...]
     start: int
     size_bytes: int
+    scale: TensorRef | None = None
+
+    @property
+    def row_elements(self) -> int:
+        """Return the elements of a row."""
+        return element_count(self.shape[1:])
 
     @property
     def element_count(self) -> int:
@@ -282,6 +290,7 @@ class MergePlan:
         components: The merged weight files, the UNet's first.
         left_out: Keys of inputs that are not used, each with its reason.
         notes: What a user should know before running.
+        warnings: What a user should decide or mend, although the run goes on.
         relaid: Weight file to its tensors, for components that come out of a single file
             or of pickles.
         copy_bytes: Size of the other components' files, copied or rewritten as they are.
@@ -296,6 +305,7 @@ class MergePlan:
     components: tuple[ComponentPlan, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     relaid: Mapping[str, tuple[TensorCopy, ...]]
     copy_bytes: int
     single_file_bytes: int

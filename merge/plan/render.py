@@ -30,6 +30,7 @@ def plan_to_json(plan: MergePlan, peak_bytes: int) -> dict[str, Any]:
             for block in plan.blocks
         ],
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes": peak_bytes,
@@ -98,6 +99,8 @@ def _lines(plan: MergePlan, peak_bytes: int) -> Iterator[str]:
     yield from _left_out(plan)
     for note in plan.notes:
         yield f"note: {note}"
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
 
 
 def _blocks(blocks: Sequence[BlockWeight]) -> Iterator[str]:

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
-from merge.header import DTYPE_CODES, TensorSpec, element_count
+from merge.header import DTYPE_CODES, DTYPE_WORDS, TensorSpec, element_count
 from merge.keymap import GUIDANCE_EMBEDDING, is_block_name, unet_blocks
+from merge.kinds import FLOAT8
 from merge.lora import is_lora
 from merge.methods import METHODS
 from merge.plan.adapters import Adapter, AdapterReader, Place
@@ -31,6 +32,7 @@ class RowBuilder:
     rows: list[TensorPlan] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _loras: dict[str, dict[Place, Adapter]] = field(default_factory=dict)
     _unused: dict[Place, str] = field(default_factory=dict)
@@ -123,6 +125,7 @@ class RowBuilder:
         for opened in self.sources.models[1:]:
             for component, part in self.inputs.parts(opened):
                 everything |= {qualified(component, key) for key in part.tensors}
+        everything |= {item.key for opened in self.sources.models for item in opened.left_out}
         for pattern in unmatched(self.recipe.exclude, everything):
             self.problems.append(f"exclude: {pattern!r} matches no key of any model")
         weights = self.recipe.block_weights
@@ -155,12 +158,23 @@ class RowBuilder:
             if spec.dtype.startswith(("F", "C", "BF")):
                 self.problems.append(f"{key}: {unsupported(spec.dtype)} in the target")
                 return
+            if role := self._adding(place):
+                word = DTYPE_WORDS.get(spec.dtype, spec.dtype)
+                self.problems.append(f"{key}: {word} in the target, and {role} adds to it")
+                return
             self._keep(place, target, spec.dtype, "an integer tensor, kept from the target")
             return
         if component not in self.recipe.components:
-            self._keep(place, target, spec.dtype, f"{component} is not merged")
+            code = spec.dtype if target.scale is None else "F32"
+            self._keep(place, target, code, f"{component} is not merged")
             return
         code = DTYPE_CODES.get(self.recipe.out_dtype, spec.dtype)
+        if code in FLOAT8:
+            self.problems.append(
+                f"{key}: {DTYPE_WORDS[code]} in the target, and merged weights are not written in "
+                "float8; set out_dtype to float16, bfloat16 or float32"
+            )
+            return
         if pattern := match_exclude(qualified(*place), self.recipe.exclude):
             self._keep(place, target, code, f"excluded by {pattern!r}")
             return
@@ -171,6 +185,21 @@ class RowBuilder:
             self._keep(place, target, code, "its weight is 0")
             return
         self._plan_delta(place, target, code, weight)
+
+    def _adding(self, place: Place) -> str:
+        """Return the role of a distilled model that has numbers to add to a tensor."""
+        for opened in self.sources.distilled:
+            if opened.role in self._loras:
+                if place in self._loras[opened.role]:
+                    return opened.role
+                continue
+            key = self.inputs.spelling(opened, *place)
+            checkpoint = opened.component(place[0])
+            if checkpoint is None or key is None:
+                continue
+            if checkpoint.tensors[key][1].dtype in FLOATS:
+                return opened.role
+        return ""
 
     def _block(self, component: str, key: str) -> str:
         return self._blocks.get(key, "") if component == "unet" else "BASE"
@@ -260,7 +289,7 @@ class RowBuilder:
 
     def _keep(self, place: Place, target: TensorRef, code: str, reason: str) -> None:
         component, key = place
-        action = "copy" if target.dtype == code else "cast"
+        action = "copy" if target.dtype == code and target.scale is None else "cast"
         self._unused[place] = reason
         block = self._block(component, key)
         self.rows.append(

@@ -26,6 +26,8 @@ class ModelRef:
             files.
         file: One weight file of `repo`, when it has several.
         config: Folder or Hub repo with the configs of a single weight file.
+        ema: Which of a file's two sets of weights is taken, where it holds a moving average beside
+            the plain ones: `auto` (the average, where it is whole), true or false.
         sha256: Weight file, relative to the model, to its expected SHA-256.
     """
 
@@ -36,6 +38,7 @@ class ModelRef:
     variant: str | None = None
     file: str | None = None
     config: str | None = None
+    ema: Any = "auto"
     sha256: dict[str, str] = field(default_factory=dict)
 
 

@@ -96,6 +96,8 @@ def _check_model(field: str, ref: ModelRef | DistilledRef) -> Iterator[str]:
         yield f"{field}.revision: {ref.revision!r} is no branch, tag or commit"
     if ref.variant is not None and not _VARIANT.fullmatch(ref.variant):
         yield f"{field}.variant: {ref.variant!r} must be letters, digits, `_` and `-`"
+    if ref.ema not in ("auto", True, False) or not isinstance(ref.ema, str | bool):
+        yield f"{field}.ema: {ref.ema!r} is not one of auto, true, false"
     for name, digest in ref.sha256.items():
         if not _SHA256.fullmatch(digest):
             yield f"{field}.sha256[{name}]: must be 64 lower-case hexadecimal digits"

@@ -121,6 +121,8 @@ class _Run:
         plan = build_plan(self.recipe, sources)
         for note in plan.notes:
             _LOG.info("note: %s", note)
+        for warning in plan.warnings:
+            _LOG.warning("%s", warning)
         folder.check_space(plan.write_bytes)
         self._lap("plan", mark)
         try:

@@ -123,6 +123,7 @@ class ResolvedModel:
             commit.
         config_files: The JSON files that `config`, `scheduler` and `pipeline` were read from.
         allow_pickle: The recipe lets its weights be pickles.
+        ema: Whether a moving average beside its plain weights is taken: True, False or `auto`.
     """
 
     role: str
@@ -140,6 +141,7 @@ class ResolvedModel:
     config_label: str = ""
     config_files: tuple[SourceFile, ...] = ()
     allow_pickle: bool = False
+    ema: str | bool = "auto"
 
     @property
     def files(self) -> tuple[SourceFile, ...]:

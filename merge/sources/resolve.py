@@ -149,6 +149,7 @@ class _Resolver:
             config_label=configs.label,
             config_files=configs.files,
             allow_pickle=self._scope.allow_pickle,
+            ema=ref.ema,
         )
 
     def _config_store(self, text: str) -> Store:
@@ -277,6 +278,7 @@ def _resolve_folder(
         text_encoders=text_encoders,
         config_files=configs.files,
         allow_pickle=scope.allow_pickle,
+        ema=ref.ema,
     )
 
 

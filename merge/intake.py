@@ -1,0 +1,160 @@
+"""A weight file's tensors as they are meant: names unwrapped, scales beside their weights.
+
+Everything that reads weights comes through here, so that no command understands a file otherwise
+than another one does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from merge.errors import CheckpointError
+from merge.header import TensorSpec
+from merge.keymap import CONV_IN, LDM_UNET_PREFIX, ldm_to_unet
+from merge.kinds import (
+    AVERAGE_PREFIX,
+    Prediction,
+    averaged_keys,
+    find_scales,
+    is_marker,
+    stated_prediction,
+    unwrapped,
+)
+from merge.lora import is_lora
+from merge.reader import Checkpoint
+
+# How a recipe says which of two sets of weights is taken.
+AUTO = "auto"
+_LDM_CONV_IN = "input_blocks.0.0.weight"
+# What tools put before the keys of a UNet that is alone in its file, the longest first.
+_UNET_ROOTS = (
+    LDM_UNET_PREFIX,
+    "diffusion_model.",
+    "unet.unet.",
+    "unet.",
+    "model.",
+    "",
+)
+
+Tensors = dict[str, tuple[int, TensorSpec]]
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What a model's weight files hold.
+
+    Attributes:
+        checkpoint: Its tensors under the keys that they mean, those of a UNet that is alone in its
+            file under diffusers', each with its scale.
+        left_out: Key of the file to the reason why nothing needs it.
+        prediction: What the file says that its model predicts.
+        warnings: What a user should decide, a line each.
+    """
+
+    checkpoint: Checkpoint
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    prediction: Prediction = field(default_factory=Prediction)
+    warnings: tuple[str, ...] = ()
+
+
+def take_in(checkpoint: Checkpoint, ema: str | bool = AUTO) -> Intake:
+    """Find out what the keys of a model mean.
+
+    Args:
+        checkpoint: Headers as they are in the files.
+        ema: Whether a moving average beside plain weights is taken: True, False, or `auto`, which
+            takes it where it is whole.
+
+    Raises:
+        CheckpointError: weights are quantised in a way that cannot be read, a scale or an average
+            is missing, or two keys are one.
+    """
+    plain = unwrapped(checkpoint.tensors)
+    tensors: Tensors = {plain[name]: place for name, place in checkpoint.tensors.items()}
+    prediction = stated_prediction(tensors, checkpoint.metadata)
+    quantized = find_scales({name: spec for name, (_, spec) in tensors.items()})
+    left_out = dict(quantized.left_out)
+    left_out |= {name: "a marker, not a weight" for name in tensors if is_marker(name)}
+    scales = {weight: tensors[scale] for weight, scale in quantized.scales.items()}
+    for name in (*left_out, *quantized.scales.values()):
+        del tensors[name]
+    warnings: tuple[str, ...] = ()
+    if any(name.startswith(AVERAGE_PREFIX) for name in tensors) or ema is True:
+        tensors, scales, unused, warnings = _choose_average(tensors, scales, ema)
+        left_out |= unused
+    names = _unet_names(tensors)
+    if names:
+        tensors = {names[name]: place for name, place in tensors.items()}
+        scales = {names[name]: place for name, place in scales.items()}
+    found = dataclasses.replace(checkpoint, tensors=tensors, scales=scales)
+    return Intake(found, left_out, prediction, warnings)
+
+
+def _choose_average(
+    tensors: Tensors, scales: Tensors, ema: str | bool
+) -> tuple[Tensors, Tensors, dict[str, str], tuple[str, ...]]:
+    """Put the moving average in the place of the UNet's plain weights, or leave it out."""
+    averages = averaged_keys(tensors)
+    unet = [name for name in tensors if name.startswith(LDM_UNET_PREFIX)]
+    lacking = next((name for name in unet if name not in averages), "")
+    if ema is True and (not averages or lacking):
+        what = f"of {lacking}" if averages else "of its UNet (model_ema.*)"
+        raise CheckpointError(
+            f"the file has no moving average {what}, and ema: true asks for it",
+            hint="ema: false takes the plain weights",
+        )
+    is_average = ema is True or (ema == AUTO and bool(averages) and not lacking)
+    kept = {name: p for name, p in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
+    left_out = {}
+    for name in tensors:
+        if name.startswith(AVERAGE_PREFIX):
+            left_out[name] = "a moving average kept for training; the plain weights are used"
+    if is_average:
+        for name, average in averages.items():
+            if tensors[average][1].shape != tensors[name][1].shape:
+                raise CheckpointError(
+                    f"{average} has shape {list(tensors[average][1].shape)}, and {name} "
+                    f"{list(tensors[name][1].shape)}",
+                    hint="ema: false takes the plain weights",
+                )
+            kept[name] = tensors[average]
+            left_out[name] = "a plain weight; its moving average is used"
+            left_out.pop(average)
+        for name in left_out:
+            if name.startswith(AVERAGE_PREFIX):
+                left_out[name] = "of the moving average's training"
+        scales = {name: place for name, place in scales.items() if name not in averages}
+    if ema != AUTO or not averages:
+        return kept, scales, left_out, ()
+    taken = "the moving average is" if is_average else "the plain weights are"
+    why = f", since {lacking} has no average" if lacking else ", as in published folders"
+    line = f"it holds plain weights and a moving average of them: {taken} used{why} (ema decides)"
+    return kept, scales, left_out, (line,)
+
+
+def _unet_names(tensors: Mapping[str, tuple[int, TensorSpec]]) -> dict[str, str]:
+    """Return key to diffusers key for a UNet that is alone in its file; empty for all else."""
+    if is_lora(tensors):
+        return {}
+    for root in _UNET_ROOTS:
+        if not all(name.startswith(root) for name in tensors):
+            continue
+        if _has_conv(tensors, root + CONV_IN):
+            return {name: name.removeprefix(root) for name in tensors} if root else {}
+        if root != LDM_UNET_PREFIX and _has_conv(tensors, root + _LDM_CONV_IN):
+            inner = ldm_to_unet(name.removeprefix(root) for name in tensors)
+            return {name: inner[name.removeprefix(root)] for name in tensors}
+    return {}
+
+
+def _has_conv(tensors: Mapping[str, tuple[int, TensorSpec]], name: str) -> bool:
+    return name in tensors and len(tensors[name][1].shape) == 4
+
+
+def without(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """Return a checkpoint without some of its keys."""
+    tensors = {name: place for name, place in checkpoint.tensors.items() if name not in names}
+    scales = {name: place for name, place in checkpoint.scales.items() if name not in names}
+    return dataclasses.replace(checkpoint, tensors=tensors, scales=scales)
