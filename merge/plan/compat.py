@@ -115,14 +115,15 @@ def open_sources(
 
 def _open(model: ResolvedModel, exclude: Sequence[str]) -> Opened:
     weights = _read(model, model.weights)
-    if any(name.startswith(LDM_UNET_PREFIX) for name in weights.checkpoint.tensors):
+    is_adapter = is_lora(weights.checkpoint.tensors)
+    names = weights.checkpoint.tensors
+    if not is_adapter and any(name.startswith(LDM_UNET_PREFIX) for name in names):
         return _open_single_file(model, weights, exclude)
     texts = {name: _read(model, files) for name, files in model.text_encoders.items()}
-    names = weights.checkpoint.tensors
     return Opened(
         model,
         weights.checkpoint,
-        None if is_lora(names) else detect_unet(weights.checkpoint.shapes),
+        None if is_adapter else detect_unet(weights.checkpoint.shapes),
         {name: text.checkpoint for name, text in texts.items()},
         _left_out_of(model, weights, *texts.values()),
         weights.prediction,
