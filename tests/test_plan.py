@@ -299,6 +299,14 @@ def test_roles_that_do_not_fit(tmp_path: Path) -> None:
     assert plan_of(tmp_path, f"models.target={tmp_path}/ldm.safetensors").counts["delta"] == 7
 
 
+def test_a_bare_unet_of_four_channels_is_no_editor(tmp_path: Path) -> None:
+    models = write_models(tmp_path)
+    write_unet(tmp_path / "target", models["base"])
+    write_recipe(tmp_path)
+    with pytest.raises(PlanError, match=r"target \(target\) has 4 input channels; an InstructPix"):
+        plan_of(tmp_path)
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     write_models(tmp_path)
     write_recipe(tmp_path)

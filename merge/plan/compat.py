@@ -264,7 +264,7 @@ def _check_roles(sources: OpenedSources) -> list[str]:
         )
     target = sources.target
     problems += _check_single_file(target)
-    if target.unet is not None and target.model.pipeline is not None:
+    if target.unet is not None:
         channels = target.unet.in_channels
         if channels != 8:
             problems.append(
@@ -364,6 +364,4 @@ def describe_roles(sources: OpenedSources) -> Sequence[str]:
         notes.append(
             "the target is only a UNet: the output is a UNet folder, and no edit can prove it"
         )
-        if target.unet is not None and target.unet.in_channels != 8:
-            notes.append(f"the target has {target.unet.in_channels} input channels, not 8")
     return notes
