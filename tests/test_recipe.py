@@ -1178,3 +1178,31 @@ def test_any_tree_is_a_recipe_or_a_recipe_error(
         # What is read can be written: the lock, the manifest and the digest are JSON and YAML.
         json.dumps(dataclasses.asdict(recipe), allow_nan=False)
     assert lines[-1].startswith("hint: ")
+
+
+HUB = "https://huggingface.co"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (
+            f"{HUB}/a/b/resolve/main/c.safetensors",
+            "is a URL; write {repo: a/b, file: c.safetensors}",
+        ),
+        (
+            f"{HUB}/a/b/blob/v2/d/c.safetensors?download=true",
+            "revision: v2, file: d/c.safetensors}",
+        ),
+        (f"{HUB}/a/b", "is a URL; write {repo: a/b}"),
+        ("https://example.org/x.safetensors", "is a URL; download the file and give its path"),
+    ],
+)
+@pytest.mark.parametrize("form", ["plain", "path", "config"])
+def test_a_url_is_no_model(tmp_path: Path, url: str, words: str, form: str) -> None:
+    target: object = url if form == "plain" else {"path": "./a.safetensors", form: url}
+    tree = {"name": "x", "models": {"distilled": "./l.safetensors", "target": target}}
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(RecipeError, match=r"models\.target: .*" + re.escape(words)):
+        load_recipe(path)

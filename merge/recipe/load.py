@@ -356,5 +356,7 @@ def _order_components(recipe: Recipe) -> Recipe:
 
 
 def _absolute(text: str, folder: Path) -> str:
+    if "://" in text:
+        return text  # A URL, which the checks refuse by its name.
     # Symbolic links stay as written: a cache of links keeps its own names that way.
     return str(folder / expand_home(text))

@@ -18,6 +18,10 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
+_HUB_URL = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/?#]+)"
+    r"(?:/(?:resolve|blob|raw|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?"
+)
 # What git takes for the name of a branch, tag or commit.
 _REVISION = re.compile(r"(?![-/.])(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])")
 
@@ -81,6 +85,10 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
 def _check_model(field: str, ref: ModelRef | DistilledRef) -> Iterator[str]:
     if (ref.repo is None) == (ref.path is None):
         yield f"{field}: give either repo or path"
+    urls = [text for text in (ref.repo, ref.path, ref.config) if text and "://" in text]
+    if urls:
+        yield from (f"{field}: {_url_problem(url)}" for url in urls)
+        return
     if ref.repo is not None and not _REPO.fullmatch(ref.repo):
         yield (
             f"{field}: {ref.repo!r} is no Hub id of the form org/name "
@@ -101,6 +109,19 @@ def _check_model(field: str, ref: ModelRef | DistilledRef) -> Iterator[str]:
     for name, digest in ref.sha256.items():
         if not _SHA256.fullmatch(digest):
             yield f"{field}.sha256[{name}]: must be 64 lower-case hexadecimal digits"
+
+
+def _url_problem(url: str) -> str:
+    """Say that a URL is no model, and how its file is written where it is one of the Hub."""
+    match = _HUB_URL.match(url)
+    if match is None:
+        return f"{url!r} is a URL; download the file and give its path, or name a Hub id"
+    parts = [f"repo: {match['repo']}"]
+    if match["revision"] not in (None, "main"):
+        parts.append(f"revision: {match['revision']}")
+    if match["file"]:
+        parts.append(f"file: {match['file']}")
+    return f"{url!r} is a URL; write {{{', '.join(parts)}}}"
 
 
 def _is_inside(text: str) -> bool:
