@@ -14,6 +14,7 @@ import merge
 PACKAGE = Path(merge.__file__).parent
 LAYERS = {
     "errors": 0,
+    "expected": 1,
     "_version": 0,
     "bake": 1,
     "header": 1,

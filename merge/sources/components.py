@@ -105,8 +105,19 @@ def component_files(
     store: Store,
     prefix: str,
     selected: Mapping[str, tuple[Weights | None, list[str]]],
+    index: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
 ) -> tuple[ComponentFiles, ...]:
-    """Return the files of the chosen components, with their names in an export."""
+    """Return the files of the chosen components, with their names in an export.
+
+    Args:
+        ref: The model.
+        store: Its files.
+        prefix: Of its folder.
+        selected: Component to its weights and the files beside them.
+        index: The pipeline's model_index.json.
+        configs: File name to what it holds, with the components' own configs.
+    """
     components = []
     for name, (weights, companions) in selected.items():
         names = list(companions)
@@ -124,8 +135,18 @@ def component_files(
         files = source_files(ref, store, f"{prefix}{name}/", tuple(names))
         by_name = {file.name.removeprefix(f"{prefix}{name}/"): file for file in files}
         holding = tuple(by_name[file] for file in (weights.names if weights else ()))
-        index = by_name[index_name] if index_name else None
-        components.append(ComponentFiles(name, files, tuple(exports), holding, index, converted))
+        components.append(
+            ComponentFiles(
+                name,
+                files,
+                tuple(exports),
+                holding,
+                by_name[index_name] if index_name else None,
+                converted,
+                str(index[name][1]),
+                configs.get(f"{prefix}{name}/config.json"),
+            )
+        )
     return tuple(components)
 
 
@@ -149,6 +170,11 @@ def source_files(
             )
         files.append(dataclasses.replace(file, expected_sha256=wanted or file.expected_sha256))
     return tuple(files)
+
+
+def component_configs(prefix: str, selected: Mapping[str, Any], names: frozenset[str]) -> set[str]:
+    """Return the config files of the chosen components, where they are."""
+    return {f"{prefix}{name}/config.json" for name in selected} & names
 
 
 def below(names: frozenset[str], prefix: str) -> frozenset[str]:

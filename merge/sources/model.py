@@ -65,6 +65,8 @@ class ComponentFiles:
         index: The file that says which shard holds which tensor.
         converted_name: The safetensors file of an export that pickled weights are converted to;
             empty for weights that are copied.
+        class_name: What the pipeline says that it is, e.g. `AutoencoderKL`.
+        config: Its parsed `config.json`, if it has one.
     """
 
     name: str
@@ -73,6 +75,8 @@ class ComponentFiles:
     weights: tuple[SourceFile, ...] = ()
     index: SourceFile | None = None
     converted_name: str = ""
+    class_name: str = ""
+    config: Mapping[str, Any] | None = None
 
     @property
     def copies(self) -> Mapping[str, SourceFile]:

@@ -14,6 +14,7 @@ from merge.recipe.schema import ModelRef, Recipe
 from merge.sources.components import (
     Scope,
     below,
+    component_configs,
     component_files,
     direct_files,
     select,
@@ -219,7 +220,9 @@ def _pipeline_without_weights(store: Store, found: Mapping[str, Any], label: str
             index[name] = [None, None]
             index["requires_safety_checker"] = False
     selected = select_components(index, store, "", None, label, None)
-    return Pipeline(index, component_files(ModelRef(), store, "", selected))
+    configs = read_configs(ModelRef(), store, component_configs("", selected, store.names))
+    files = component_files(ModelRef(), store, "", selected, index, configs.trees)
+    return Pipeline(index, files)
 
 
 def _resolve_folder(
@@ -259,7 +262,9 @@ def _resolve_folder(
             if chosen and chosen.index:
                 name = f"{prefix}{component}/{chosen.index}"
                 check_index(name, read_configs(ref, store, [name]).trees[name], chosen)
-        pipeline = Pipeline(index, component_files(ref, store, prefix, selected))
+        parts = read_configs(ref, store, component_configs(prefix, selected, store.names))
+        files = component_files(ref, store, prefix, selected, index, parts.trees)
+        pipeline = Pipeline(index, files)
         text_encoders = {
             part.name: part.weights for part in pipeline.components if part.name in TEXT_ENCODERS
         }
