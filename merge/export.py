@@ -7,7 +7,7 @@ change is written sorted, with the target's `_diffusers_version` kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from merge.manifest import json_bytes
@@ -52,13 +52,10 @@ class ExportFiles:
     Attributes:
         copies: Name in the export to the file that is copied there.
         written: Name in the export to bytes that we write.
-        converted: Name in the export to the pickles whose tensors go there: pickles are never
-            copied.
     """
 
     copies: Mapping[str, SourceFile]
     written: Mapping[str, bytes]
-    converted: Mapping[str, tuple[SourceFile, ...]] = field(default_factory=dict)
 
 
 def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> ExportFiles:
@@ -83,14 +80,12 @@ def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> Expor
     written["scheduler/scheduler_config.json"] = json_bytes(
         scheduler_config(recipe.scheduler, target.scheduler or {}, version)
     )
-    merged = {component.name for component in plan.components}
+    written_anew = {component.name for component in plan.components}
+    written_anew |= {name.partition("/")[0] for name in plan.relaid}
     copies: dict[str, SourceFile] = {}
-    converted: dict[str, tuple[SourceFile, ...]] = {}
     for part in pipeline.components:
-        copies |= part.companions if part.name in merged else part.copies
-        if part.converted_name and part.name not in merged:
-            converted[part.converted_name] = part.weights
-    return ExportFiles(copies, written, converted)
+        copies |= part.companions if part.name in written_anew else part.copies
+    return ExportFiles(copies, written)
 
 
 def scheduler_config(

@@ -153,6 +153,17 @@ def _has_conv(tensors: Mapping[str, tuple[int, TensorSpec]], name: str) -> bool:
     return name in tensors and len(tensors[name][1].shape) == 4
 
 
+def reshaped(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """Return a checkpoint some of whose tensors have another shape, of the same numbers."""
+    if not shapes:
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    for key, shape in shapes.items():
+        index, spec = tensors[key]
+        tensors[key] = index, dataclasses.replace(spec, shape=shape)
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
 def without(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     """Return a checkpoint without some of its keys."""
     tensors = {name: place for name, place in checkpoint.tensors.items() if name not in names}

@@ -227,10 +227,6 @@ def test_integers_are_the_targets_bytes(tmp_path: Path, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("code", "dtype"),
     [
-        ("F8_E4M3", torch.float8_e4m3fn),
-        ("F8_E5M2", torch.float8_e5m2),
-        ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
-        ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
         ("F8_E8M0", torch.float8_e8m0fnu),
         ("F64", torch.float64),
         ("C64", torch.complex64),

@@ -167,7 +167,7 @@ def test_float64_is_refused_with_the_reason(tmp_path: Path) -> None:
     for role, tensors in models.items():
         write_unet(tmp_path / role, tensors)
     write_recipe(tmp_path)
-    with pytest.raises(PlanError, match=r"conv_in.bias: float64 cannot be merged .* in base"):
+    with pytest.raises(PlanError, match=r"conv_in.bias: F64 .float64. cannot be merged .* in base"):
         plan_of(tmp_path)
 
 

@@ -4,7 +4,7 @@ A loader draws what is missing anew at every load, so that the same edit gives o
 fails on a shape that the config does not have. Tables of ours, since planning imports no torch.
 """
 
-from merge.expected.compare import Differences, compare_tensors
+from merge.expected.compare import Differences, compare_tensors, squeezed
 from merge.expected.fit import Fit, expected_tensors, fit_to_config
 
-__all__ = ["Differences", "Fit", "compare_tensors", "expected_tensors", "fit_to_config"]
+__all__ = ["Differences", "Fit", "compare_tensors", "expected_tensors", "fit_to_config", "squeezed"]

@@ -59,7 +59,7 @@ def compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -
         right = wanted[plain][1]
         if shape == right:
             continue
-        if _squeezed(shape) == _squeezed(right):
+        if squeezed(shape) == squeezed(right):
             reshaped[key] = right
         else:
             misshaped[key] = (shape, right)
@@ -73,7 +73,7 @@ def _plain(key: str) -> str:
     return _INNER.sub("", key)
 
 
-def _squeezed(shape: Shape) -> Shape:
+def squeezed(shape: Shape) -> Shape:
     """Take off the ones at the end: a 1x1 convolution holds the numbers of a linear layer."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]

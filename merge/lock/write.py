@@ -79,6 +79,8 @@ def _portable_model(ref: ModelRef, model: ResolvedModel | None) -> dict[str, Any
         tree["config"] = model.config_label
     if model is not None and model.commit is not None:
         tree["revision"] = model.commit
+    if ref.ema == "auto":
+        del tree["ema"]
     return {name: value for name, value in tree.items() if value is not None}
 
 

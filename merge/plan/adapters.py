@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from merge.errors import CheckpointError
 from merge.header import TensorSpec
 from merge.lora import AdapterModule, AdapterTable, parse_adapters
-from merge.plan.compat import Opened, OpenedSources
 from merge.plan.inputs import qualified
 from merge.plan.model import LeftOut
+from merge.plan.opening import Opened, OpenedSources
 from merge.plan.patterns import match_exclude
 from merge.reader import prefetch_scalars, read_scalar
 from merge.recipe.schema import Recipe

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from merge.errors import PlanError
 from merge.header import encode_header
 from merge.layout import TensorCopy
 from merge.methods import METHODS
-from merge.plan.compat import OpenedSources, describe_roles, open_sources, read_converted
+from merge.plan.compat import describe_roles, open_sources
+from merge.plan.copied import read_copied
 from merge.plan.model import (
     DIGEST_KEY,
     DIGEST_PLACEHOLDER,
@@ -16,6 +17,7 @@ from merge.plan.model import (
     MergePlan,
     TensorPlan,
 )
+from merge.plan.opening import OpenedSources
 from merge.plan.rows import RowBuilder
 from merge.recipe.schema import Recipe
 from merge.sources import Sources
@@ -63,10 +65,10 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         _component(name, rows, _metadata(recipe, opened, name))
         for name, rows in builder.by_component().items()
     )
-    converted, besides = read_converted(sources.target, [part.name for part in components])
+    copied = read_copied(opened.target, [part.name for part in components])
     relaid = {WEIGHT_FILES[name]: copies for name, copies in opened.target.relaid.items()}
-    relaid |= converted
-    copy_bytes = _copy_bytes(sources, components) + _relaid_bytes(relaid)
+    relaid |= copied.relaid
+    copy_bytes = _copy_bytes(sources, components, relaid) + _relaid_bytes(relaid)
     merged_bytes = sum(part.out_header.file_bytes for part in components)
     return MergePlan(
         recipe=recipe.name,
@@ -75,8 +77,8 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         architecture=opened.target.unet.family,
         files=tuple(builder.inputs.files),
         components=components,
-        left_out=(*builder.left_out, *besides),
-        notes=(*describe_roles(opened), *builder.notes),
+        left_out=(*builder.left_out, *copied.left_out),
+        notes=(*describe_roles(opened), *opened.target.notes, *copied.notes, *builder.notes),
         warnings=(*_warnings(opened), *builder.warnings),
         relaid=relaid,
         copy_bytes=copy_bytes,
@@ -108,22 +110,24 @@ def _check_output(recipe: Recipe, opened: OpenedSources) -> list[str]:
     return []
 
 
-def _copy_bytes(sources: Sources, components: tuple[ComponentPlan, ...]) -> int:
+def _copy_bytes(
+    sources: Sources, components: tuple[ComponentPlan, ...], relaid: Collection[str]
+) -> int:
     pipeline = sources.target.pipeline
     if pipeline is None:
         return 0
-    merged = {part.name for part in components}
+    written = {part.name for part in components} | {name.partition("/")[0] for name in relaid}
     files = [
         file
         for part in pipeline.components
-        for file in (part.companions if part.name in merged else part.copies).values()
+        for file in (part.companions if part.name in written else part.copies).values()
     ]
     return sum(file.size_bytes for file in files)
 
 
 def _relaid_bytes(relaid: Mapping[str, Sequence[TensorCopy]]) -> int:
     pieces = (piece for copies in relaid.values() for copy in copies for piece in copy.pieces)
-    return sum(piece.size_bytes for piece in pieces)
+    return sum(piece.out_bytes for piece in pieces)
 
 
 def _metadata(recipe: Recipe, opened: OpenedSources, component: str) -> dict[str, str]:

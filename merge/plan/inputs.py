@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from merge.header import DTYPE_WORDS, TensorSpec
 from merge.kinds import FLOAT8
 from merge.lora import is_lora
-from merge.plan.compat import Opened, OpenedSources
 from merge.plan.model import PlanFile, TensorRef
+from merge.plan.opening import Opened, OpenedSources
 from merge.reader import Checkpoint
 from merge.recipe.schema import Recipe
 
@@ -101,5 +101,6 @@ def qualified(component: str, key: str) -> str:
 
 def unsupported(code: str) -> str:
     """Return why a dtype cannot be merged."""
-    word = DTYPE_WORDS.get(code, code)
-    return f"{word} cannot be merged (float16, bfloat16, float32 and float8 can)"
+    word = DTYPE_WORDS.get(code)
+    name = f"{code} ({word})" if word else code
+    return f"{name} cannot be merged (float16, bfloat16, float32 and float8 can)"

@@ -12,9 +12,9 @@ from merge.kinds import FLOAT8
 from merge.lora import is_lora
 from merge.methods import METHODS
 from merge.plan.adapters import Adapter, AdapterReader, Place
-from merge.plan.compat import Opened, OpenedSources
 from merge.plan.inputs import FLOATS, Inputs, qualified, unsupported
 from merge.plan.model import DeltaTerm, LeftOut, LoraTerm, TensorPlan, TensorRef
+from merge.plan.opening import Opened, OpenedSources
 from merge.plan.patterns import block_weight, match_exclude, unknown_blocks, unmatched
 from merge.plan.terms import TermBuilder
 from merge.recipe.schema import Recipe

@@ -10,9 +10,9 @@ from merge.header import DTYPE_WORDS, element_count
 from merge.keymap import CONV_IN, GUIDANCE_EMBEDDING
 from merge.lora import AdapterModule
 from merge.plan.adapters import Adapter, Place
-from merge.plan.compat import Opened
 from merge.plan.inputs import FLOATS, Inputs, unsupported
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan, TensorRef
+from merge.plan.opening import Opened
 
 
 @dataclass(frozen=True, slots=True)

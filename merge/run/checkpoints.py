@@ -24,7 +24,8 @@ def check_records(plan: MergePlan) -> None:
         IntegrityError: a file changed since it was planned.
     """
     relaid = (copy for copies in plan.relaid.values() for copy in copies)
-    stamps = {piece.path: piece.stamp for copy in relaid for piece in copy.pieces}
+    inputs = (part for copy in relaid for piece in copy.pieces for part in piece.inputs)
+    stamps = {part.path: part.stamp for part in inputs}
     for path, stamp in (stamps | {file.path: file.stamp for file in plan.files}).items():
         verify_records(path, stamp)
 
