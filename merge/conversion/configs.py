@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import CheckpointError, SourceError, SourceNotFoundError
-from merge.layout import TensorCopy
+from merge.layout import TensorCopy, copies_of, fit_copies
+from merge.plan.compat import WHOLE_HINT
+from merge.reader import read_checkpoint
 from merge.sources.select import companion_files, has_weights, plain_name, select_weights
 
 # Libraries whose classes a pipeline may name; anything else is code that came with the model.
@@ -165,3 +167,48 @@ def _weights(part: Path, names: set[str]) -> dict[str, str] | None:
 def _is_listed(index: Mapping[str, Any], name: str) -> bool:
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+
+
+def fit_parts(
+    configs: Configs, parts: Mapping[str, Sequence[TensorCopy]]
+) -> tuple[dict[str, tuple[TensorCopy, ...]], tuple[str, ...]]:
+    """Give the tensors of every component the shapes of its config.
+
+    Components that keep their own weights are held against theirs too.
+
+    Args:
+        configs: Of a pipeline folder, checked.
+        parts: Component to its tensors.
+
+    Returns:
+        The tensors in these shapes, and a line for each thing that a user should know.
+
+    Raises:
+        CheckpointError: a weight is missing, or its numbers are not those of the shape.
+    """
+    shaped: dict[str, tuple[TensorCopy, ...]] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    kept = {
+        name: copies_of(read_checkpoint(paths))
+        for name in configs.components.keys() - parts.keys()
+        if (paths := [p for n, p in configs.files.items() if _is_weight(n, name)])
+    }
+    for name, copies in {**parts, **kept}.items():
+        class_name = str(configs.index[name][1])
+        found, fit = fit_copies(name, copies, configs.components.get(name), class_name)
+        if name in parts:
+            shaped[name] = found
+        elif fit.shapes:
+            problems.append(f"{name}: its tensors have other shapes than its config asks for")
+        problems += fit.problems
+        notes += fit.notes
+    if problems:
+        raise CheckpointError(
+            "\n  ".join(["it is not whole, or not of its configs:", *problems]), hint=WHOLE_HINT
+        )
+    return shaped, tuple(notes)
+
+
+def _is_weight(name: str, component: str) -> bool:
+    return name.startswith(f"{component}/") and name.endswith(".safetensors")

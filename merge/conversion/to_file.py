@@ -10,10 +10,12 @@ from merge.conversion.configs import read_json
 from merge.conversion.metadata import EDIT_CHANNELS, single_file_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
 from merge.errors import CheckpointError, SourceNotFoundError
-from merge.intake import take_in
+from merge.expected import fit_to_config
+from merge.intake import reshaped, take_in
 from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
 from merge.layout import plan_single_file, write_tensor_copies
 from merge.layout.write import plan_header
+from merge.plan.compat import WHOLE_HINT
 from merge.reader import Checkpoint, read_checkpoint, verify_records
 from merge.sources.select import has_weights, select_weights
 from merge.writer import OutputFile, refuse_overlap
@@ -35,11 +37,13 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
     refuse_overlap(out, [source])
     output = OutputFile(out, overwrite=options.overwrite)
     output.check()
-    unet = _read_component(source, "unet", options.allow_pickle)
-    architecture = _recognise(source, unet)
-    parts = {"unet": unet}
+    parts = {"unet": _read_component(source, "unet", options.allow_pickle)}
+    # A layer may be a matrix or a convolution there, which tells families apart.
+    architecture = _recognise(source, _fitted(source, parts, is_whole=False)[0]["unet"])
     for name in _REQUIRED[architecture.family][1:]:
         parts[name] = _read_component(source, name, options.allow_pickle)
+    parts, shape_notes = _fitted(source, parts)
+    unet = parts["unet"]
     scheduler = _scheduler(source)
     relayout = plan_single_file(parts)
     copies = relayout.copies[""]
@@ -59,7 +63,7 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
         check_pickles(parts)
         size, sha256 = write_tensor_copies(output.partial, copies, metadata, on_bytes=count)
         output.publish()
-    notes = _notes(architecture, out, source)
+    notes = (*shape_notes, *_notes(architecture, out, source))
     files = {out.name: WrittenFile(size, sha256)}
     return ConvertResult(out, "single-file", files, left_out, notes)
 
@@ -87,6 +91,41 @@ def _read_component(source: Path, name: str, allow_pickle: bool) -> Checkpoint:
         return take_in(checkpoint).checkpoint
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.message}", hint=error.hint) from None
+
+
+def _fitted(
+    source: Path, parts: Mapping[str, Checkpoint], *, is_whole: bool = True
+) -> tuple[dict[str, Checkpoint], tuple[str, ...]]:
+    """Give every component the shapes of its config.
+
+    Args:
+        source: The folder.
+        parts: Its components' tensors.
+        is_whole: Refuse what does not fit; otherwise it is passed over.
+
+    Raises:
+        CheckpointError: a weight is missing, or its numbers are not those of the shape.
+    """
+    index_path = source / "model_index.json"
+    index = read_json(index_path) if index_path.is_file() else {}
+    fitted: dict[str, Checkpoint] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    for name, part in parts.items():
+        path = source / name / "config.json"
+        entry = index.get(name)
+        class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
+        config = read_json(path) if path.is_file() else None
+        fit = fit_to_config(name, part.shapes, config, class_name)
+        fitted[name] = reshaped(part, fit.shapes)
+        problems += fit.problems
+        notes += fit.notes
+    if problems and is_whole:
+        raise CheckpointError(
+            "\n  ".join([f"{source} is not whole, or not of its configs:", *problems]),
+            hint=WHOLE_HINT,
+        )
+    return fitted, tuple(notes)
 
 
 def _recognise(source: Path, unet: Checkpoint) -> UNetArchitecture:

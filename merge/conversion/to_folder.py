@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.conversion.configs import Configs, check_configs, read_configs, read_json
+from merge.conversion.configs import (
+    Configs,
+)
 from merge.conversion.metadata import component_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
+from merge.conversion.single import read_single_file
 from merge.conversion.to_file import check_pickles
-from merge.errors import CheckpointError
-from merge.intake import take_in, without
-from merge.keymap import unknown_keys
-from merge.kinds import EDM, Prediction
-from merge.layout import TensorCopy, plan_components, write_tensor_copies
+from merge.layout import TensorCopy, write_tensor_copies
 from merge.layout.write import plan_header
 from merge.manifest import json_bytes
-from merge.plan.patterns import match_exclude
-from merge.reader import read_checkpoint
 from merge.writer import OutputFolder, refuse_overlap
 
 # What tells a folder that a conversion wrote from one that must not be replaced.
@@ -46,40 +43,27 @@ def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -
     refuse_overlap(out, [source, config])
     output = OutputFolder(out, overwrite=options.overwrite, marker=RECORD)
     output.check()
-    raw = read_checkpoint([source], allow_pickle=options.allow_pickle)
-    try:
-        intake = take_in(raw, options.ema)
-        _check_kind(source, intake.prediction)
-        excluded = {
-            name: f"excluded by {pattern!r}"
-            for name in unknown_keys(intake.checkpoint.tensors)
-            if (pattern := match_exclude(name, options.exclude))
-        }
-        checkpoint = without(intake.checkpoint, excluded)
-        relayout = plan_components(checkpoint)
-    except CheckpointError as error:
-        if str(source) in error.message:
-            raise
-        raise CheckpointError(f"{source}: {error.message}", hint=error.hint) from None
-    configs = read_configs(config)
-    check_configs(configs, relayout.copies)
-    _check_prediction(source, intake.prediction, configs)
-    headers = {name: component_metadata(name, checkpoint.metadata) for name in relayout.copies}
-    planned = [plan_header(copies, headers[name])[1] for name, copies in relayout.copies.items()]
+    single = read_single_file(
+        source,
+        config,
+        ema=options.ema,
+        exclude=options.exclude,
+        allow_pickle=options.allow_pickle,
+    )
+    checkpoint, parts, configs = single.checkpoint, single.parts, single.configs
+    headers = {name: component_metadata(name, checkpoint.metadata) for name in parts}
+    planned = [plan_header(copies, headers[name])[1] for name, copies in parts.items()]
     total = sum(header.file_bytes for header in planned)
     output.check_space(total + sum(path.stat().st_size for path in configs.files.values()))
     left_out = {
-        **relayout.left_out,
-        **intake.left_out,
-        **excluded,
-        **dict(checkpoint.left_out),
+        **single.left_out,
         **dict.fromkeys(configs.missing, f"neither {source.name} nor {config} has its weights"),
     }
     with output:
         check_pickles({"": checkpoint})
         _copy_configs(output, configs)
         count = ByteCount(options.on_progress, total - sum(header.data_start for header in planned))
-        files = _write_weights(output, relayout.copies, headers, count)
+        files = _write_weights(output, parts, headers, count)
         record = {
             "tool": {"name": "instruct-merge", "version": __version__},
             "source": source.name,
@@ -88,30 +72,7 @@ def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -
         }
         output.write_file(RECORD, json_bytes(record))
         output.publish()
-    return ConvertResult(out, "diffusers", files, left_out, intake.warnings)
-
-
-def _check_kind(source: Path, prediction: Prediction) -> None:
-    if prediction.kind == EDM:
-        raise CheckpointError(
-            f"{source} is {prediction.title}, which the pipelines of a diffusers folder would take "
-            "for an epsilon model",
-            hint="keep the single file: ComfyUI reads its marker",
-        )
-
-
-def _check_prediction(source: Path, prediction: Prediction, configs: Configs) -> None:
-    """Refuse a file of one prediction with the scheduler of another."""
-    scheduler = configs.folder / "scheduler" / "scheduler_config.json"
-    if not prediction.kind or not scheduler.is_file():
-        return
-    predicts = read_json(scheduler).get("prediction_type", "epsilon")
-    if predicts != prediction.kind:
-        raise CheckpointError(
-            f"{source} is {prediction.title}, and the scheduler of {configs.folder} has "
-            f"prediction_type {predicts}",
-            hint=f"use a --config folder whose scheduler has prediction_type {prediction.kind}",
-        )
+    return ConvertResult(out, "diffusers", files, left_out, single.notes)
 
 
 def _copy_configs(output: OutputFolder, configs: Configs) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from merge.editor.settings import EditSettings, outside_range
+from merge.editor.whole import check_file, check_folder
 from merge.errors import CheckpointError, DeviceError, SourceNotFoundError
 
 _LOG = logging.getLogger(__name__)
@@ -136,7 +138,12 @@ def load_editor(
     if dtype not in _DTYPES:
         raise DeviceError(f"{dtype!r} is no dtype to edit in", hint=f"use {', '.join(_DTYPES)}")
     configs = _config_folder(folder, config)
-    class_name = _pipeline_class(configs)
+    index = _read_index(configs)
+    class_name = _pipeline_class(configs, index)
+    if folder.is_file():
+        check_file(folder, configs)
+    else:
+        check_folder(folder, index)
     pipeline = _load_pipeline(folder, configs, class_name, _DTYPES[dtype])
     _check_channels(folder, pipeline)
     if scheduler == "lcm" and not (configs / "merge_manifest.json").is_file():
@@ -239,7 +246,7 @@ def _edit_device(name: str) -> torch.device:
     return choose_device(name)
 
 
-def _pipeline_class(folder: Path) -> str:
+def _read_index(folder: Path) -> dict[str, Any]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise SourceNotFoundError(
@@ -247,9 +254,16 @@ def _pipeline_class(folder: Path) -> str:
             hint="an output of `instruct-merge run` with a whole pipeline as target is one",
         )
     try:
-        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
+        tree = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{index} cannot be read: it is not a JSON object")
+    return tree
+
+
+def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> str:
+    name = index.get("_class_name")
     if name not in (_SD15, _SDXL):
         raise CheckpointError(
             f"{folder} is a {name}, not an InstructPix2Pix pipeline",

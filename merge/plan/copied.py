@@ -24,12 +24,12 @@ class Copied:
         relaid: Weight file of the export to its tensors, for components that are written anew:
             pickles are never copied, and no loader multiplies by a scale.
         left_out: What their files hold besides tensors.
-        notes: What a user should know.
+        warnings: What a user should know of their shapes and keys.
     """
 
     relaid: dict[str, tuple[TensorCopy, ...]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_copied(target: Opened, merged: Collection[str]) -> Copied:
@@ -55,7 +55,7 @@ def read_copied(target: Opened, merged: Collection[str]) -> Copied:
             part.name, copies_of(intake.checkpoint), part.config, part.class_name
         )
         problems += fit.problems
-        found.notes += fit.notes
+        found.warnings += fit.notes
         is_pickle = bool(part.converted_name)
         if is_pickle or fit.shapes or not _is_as_stored(intake.checkpoint):
             found.relaid[_export_name(part)] = copies

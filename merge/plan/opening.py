@@ -42,7 +42,6 @@ class Opened:
         prediction: What its files say that it predicts.
         relaid: For a target in a single file, its other components under a folder's names.
         warnings: What a user should decide.
-        notes: What else a user should know.
         misfits: Where a target is not what its configs ask for.
     """
 
@@ -54,7 +53,6 @@ class Opened:
     prediction: Prediction = field(default_factory=Prediction)
     relaid: Mapping[str, tuple[TensorCopy, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
 
     @property
@@ -227,7 +225,7 @@ def _fitted(target: Opened) -> Opened:
         unet=None if target.unet is None else detect_unet(unet.shapes),
         text=text,
         relaid=relaid,
-        notes=tuple(notes),
+        warnings=(*target.warnings, *notes),
         misfits=tuple(problems),
     )
 
