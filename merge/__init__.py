@@ -11,11 +11,15 @@ Importing this package is cheap and changes nothing: each name below is loaded w
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from merge._version import __version__
 
+# Known to type checkers by its name. `typing` itself is not imported: with `python -m merge` the
+# current folder is on the path until this package's own code runs, and its modules would be taken.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from merge.conversion import convert
     from merge.editor import (
         EditRequest,

@@ -22,5 +22,20 @@ def main() -> None:
         os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
+def _leave_current_folder() -> None:
+    """Take the current folder off the front of the path, where `python -m` puts it.
+
+    Nothing is imported before: a `json.py` lying there would be. A checkout that is the current
+    folder goes to the end, where it hides nothing.
+    """
+    here = os.path.realpath(os.curdir)
+    if sys.flags.safe_path or not sys.path or os.path.realpath(sys.path[0]) != here:
+        return
+    del sys.path[0]
+    if os.path.dirname(os.path.dirname(os.path.realpath(__file__))) == here:  # noqa: PTH120
+        sys.path.append(here)
+
+
 if __name__ == "__main__":
+    _leave_current_folder()
     main()

@@ -6,9 +6,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 
 from merge._version import __version__
+from merge.child import child_command
 
 _PACKAGES = (
     "torch",
@@ -65,9 +65,7 @@ def _probe_torch() -> tuple[str, str]:
     """Return how sums are made, and the devices."""
     # A driver that hangs must not hang a bug report.
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60
-        )
+        child = subprocess.run(child_command(_PROBE), capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "unknown", "torch did not answer within 60 s"
     if child.returncode:

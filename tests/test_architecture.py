@@ -13,6 +13,7 @@ import merge
 
 PACKAGE = Path(merge.__file__).parent
 LAYERS = {
+    "child": 0,
     "errors": 0,
     "expected": 1,
     "_version": 0,

@@ -482,6 +482,8 @@ def test_stable_diffusion_2_is_refused(tiny_sd15: Path, tmp_path: Path) -> None:
     tensors = load_file(path)
     flat = {k: v.flatten(1) if ".proj_in.weight" in k else v for k, v in tensors.items()}
     save_file(flat, path)
+    config = path.with_name("config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_linear_projection": True}))
     with pytest.raises(CheckpointError, match=r"Stable Diffusion 2\.x model, whose single-file"):
         convert(tmp_path / "two", tmp_path / "out.safetensors")
     with pytest.raises(CheckpointError, match=r"layout of Stable Diffusion 2\.x models is not"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import shlex
 import shutil
@@ -43,10 +41,9 @@ def commands() -> list[list[str]]:
 
 def _edit_warm(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the closing edits here, where torch and diffusers are imported already."""
-    assert command[1:3] == ["-m", "merge"]
-    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as stop:
-        main(command[3:])
-    return subprocess.CompletedProcess(command, int(stop.value.code or 0), "", "")
+    assert command[-1].endswith("job.json")
+    closing.answer(command[-1])
+    return subprocess.CompletedProcess(command, 0, "", "")
 
 
 def test_every_command_runs(
