@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -18,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import merge
 from merge.cli import main as cli_main
 from tests.mini import random_tensors, write_models, write_recipe, write_unet
 
@@ -458,3 +461,26 @@ def test_a_signal_in_the_middle_ends_promptly_and_the_run_can_go_on(
     assert again.returncode == 0, again.stderr
     assert {path.name for path in tmp_path.iterdir()} == {*top_level, "out"}
     assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_every_stage_has_words_or_is_silent_on_purpose() -> None:
+    """A stage that nobody named would have a bar with its bare name, and none would notice."""
+    from merge.cli.output import _SILENT_STAGES, _STAGE_WORDS
+
+    package = Path(merge.__file__).parent
+    pattern = re.compile(r"(?:progress|bars)\(\s*\"(\w+)\"")
+    told = {name for path in package.rglob("*.py") for name in pattern.findall(path.read_text())}
+    assert {"merge", "verify", "resolve", "convert"} <= told
+    assert told == {*_STAGE_WORDS, *_SILENT_STAGES}
+
+
+def test_an_unknown_stage_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from merge.cli.output import Bars
+
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    bars = Bars(quiet=False)
+    bars("ripen", 1, 2)
+    bars.close()
+    assert "ripen" in stderr.getvalue()

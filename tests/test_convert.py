@@ -710,3 +710,19 @@ def test_an_sdxl_size_round_trip(tmp_path: Path) -> None:
     assert found["identical_tensors"]["unet"] == 1680
     assert found["peak_mb"] < 450
     assert found["bytes"] > 6.9e9
+
+
+def test_the_loading_line_works_from_where_it_was_typed(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ast
+
+    (tmp_path / "in it").mkdir()
+    shutil.copytree(tiny_sd15 / "target", tmp_path / "in it" / "model")
+    monkeypatch.chdir(tmp_path)
+    (note,) = convert(Path("in it/model"), Path("in it/one.safetensors")).notes
+    call = ast.parse(note.partition(" with ")[2], mode="eval").body
+    assert isinstance(call, ast.Call)
+    paths = [ast.literal_eval(call.args[0]), ast.literal_eval(call.keywords[0].value)]
+    assert paths == ["in it/one.safetensors", "in it/model"]
+    assert all(Path(path).exists() for path in paths)

@@ -28,7 +28,14 @@ from safetensors.torch import load_file, save_file
 from merge import load_recipe, run_recipe, verify_folder
 from merge.cli import main as cli_main
 from merge.editor import EditResult, load_editor
-from merge.errors import ImageError, OutputError, RecipeError, SourceError, VerificationError
+from merge.errors import (
+    ImageError,
+    OutputError,
+    OutputExistsError,
+    RecipeError,
+    SourceError,
+    VerificationError,
+)
 from merge.verify import (
     DEFAULT_EDITS,
     CompareOptions,
@@ -932,3 +939,16 @@ def test_a_bad_limit_is_a_recipe_error(tiny_sd15: Path, tmp_path: Path) -> None:
         RecipeError, match=r"verify.edits\[0\].expected_limit: -0.5 is not a number"
     ):
         load_recipe(write_recipe(tmp_path, tiny_sd15, edits=[edit]))
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json"])
+def test_a_report_of_the_users_own_is_not_replaced(
+    tiny_sd15: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_sd15 / "target", tmp_path / "mine"))
+    text = "<h1>my own</h1>" if name == "report.html" else '{"mine": 1}'
+    (folder / name).write_text(text)
+    with pytest.raises(OutputExistsError, match=rf"{name} is there already, and no report of this"):
+        verify_folder(folder, device="cpu")
+    assert (folder / name).read_text() == text
+    assert not (folder / "images").exists()

@@ -28,6 +28,8 @@ _STAGE_WORDS = {
     "merge": "merging",
     "verify": "editing",
 }
+# Over in a moment: no bar.
+_SILENT_STAGES = ("resolve",)
 _BYTE_STAGES = ("convert", "download", "hash", "merge")
 
 
@@ -138,7 +140,7 @@ class Bars:
                     desc=_STAGE_WORDS.get(stage, stage),
                     unit="B" if in_bytes else "",
                     unit_scale=in_bytes,
-                    disable=self._disable or stage not in _STAGE_WORDS,
+                    disable=self._disable or stage in _SILENT_STAGES,
                     leave=in_bytes,
                 )
             if self._bar is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,5 +183,6 @@ def _notes(unet: UNetArchitecture, out: Path, source: Path) -> tuple[str, ...]:
     else:
         name = f"StableDiffusion{xl}Pipeline"
     # Without `config` diffusers takes an 8-channel SDXL file for a plain one.
-    line = f'{name}.from_single_file("{out.name}", config="{source.name}")'
+    # As they were given, so that the line works from where the command was typed.
+    line = f"{name}.from_single_file({json.dumps(str(out))}, config={json.dumps(str(source))})"
     return (f"diffusers loads it with {line}",)

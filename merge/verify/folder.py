@@ -34,6 +34,7 @@ from merge.verify.files import FilesCheck
 from merge.verify.memory import free_memory
 from merge.verify.metrics import SSIM_HINT, has_ssim, measure_pair
 from merge.verify.model import Check, CompareOptions, Edit, EditRow, Picture
+from merge.verify.ownership import refuse_foreign
 from merge.verify.page import render_page
 from merge.verify.report import IMAGES_NAME, PAGE_NAME, Report, write_report
 from merge.verify.roundtrip import round_trip
@@ -74,7 +75,7 @@ def verify_folder(
     Raises:
         VerificationError: a check failed; the message names each with value and limit.
         SourceError: the folder is no pipeline, or a picture or another model is not there.
-        OutputError: the report cannot be written.
+        OutputError: the report cannot be written, or would replace one that is not ours.
     """
     job = _prepare(Path(folder), edits)
     clip_name = find_clip(clip) if clip is not None else None
@@ -191,6 +192,7 @@ class _Background:
 
 
 def _prepare(folder: Path, edits: Sequence[Edit]) -> _Job:
+    refuse_foreign(folder)
     recipe = read_locked_recipe(folder) or {}
     text = (folder / LOCK_NAME).read_text(encoding="utf-8") if recipe else ""
     manifest = read_manifest(folder) or {}
