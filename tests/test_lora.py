@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from merge.header import element_count
 from merge.lora import AdapterModule, AdapterTable, is_lora, parse_adapters
 from tests.test_keymap import full_unet
 
@@ -60,7 +61,7 @@ def made(key: str, down: str, up: str, rank: int, alpha_key: str | None) -> Adap
     rows, *rest = TARGET[key]
     columns = math.prod(rest)
     factors = (("down", down), ("up", up))
-    return AdapterModule("unet", key, "lora", factors, rank, alpha_key, None, rows, columns, 0)
+    return AdapterModule("unet", key, "lora", factors, rank, alpha_key, None, rows, columns)
 
 
 def stem_of(key: str) -> str:
@@ -151,7 +152,7 @@ def test_a_linear_factor_fits_a_1x1_convolution_and_the_reverse() -> None:
 def test_a_conv_in_of_four_channels_covers_these() -> None:
     (narrow,) = parse(kohya("conv_in", (2, 4, 3, 3), (8, 2, 1, 1))).modules
     (wide,) = parse(kohya("conv_in", (2, 8, 3, 3), (8, 2, 1, 1))).modules
-    assert (narrow.channels, wide.channels) == (4, 0)
+    assert (narrow.columns, wide.columns) == (4 * 9, 8 * 9)
 
 
 @pytest.mark.parametrize(
@@ -369,12 +370,12 @@ def lokr(**factors: tuple[int, ...]) -> Shapes:
         ),
         ({f"{STEM}.dora_scale": (8, 1)}, f"{STEM}: it has no factors"),
         (
-            {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.dora_scale": (1, 6)},
-            f"{STEM}.dora_scale: a DoRA scale of shape [1, 6] is one for each input",
+            {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.dora_scale": (1, 8)},
+            f"{STEM}.dora_scale: DoRA needs one magnitude for each of the 8 outputs or the 6",
         ),
         (
             {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.dora_scale": (7, 1)},
-            f"{STEM}.dora_scale: DoRA needs one magnitude for each of the 8 outputs, not shape",
+            f"{STEM}.dora_scale: DoRA needs one magnitude for each of the 8 outputs or the 6",
         ),
         (
             {**peft(TO_Q, (4, 6), (8, 4)), f"unet.{TO_Q}.lora_magnitude_vector": (6,)},
@@ -427,10 +428,18 @@ def lokr(**factors: tuple[int, ...]) -> Shapes:
             {"diffusion_model.input_blocks.0.lora_A.weight": (4, 6)},
             "diffusion_model.input_blocks.0: the target has no weight of this name",
         ),
-        ({f"{STEM}.diff": (8, 6)}, f"{STEM}.diff: a full difference (LyCORIS) is not supported"),
-        ({f"{STEM}.diff_b": (8,)}, f"{STEM}.diff_b: a difference of a bias"),
-        ({f"{STEM}.w_norm": (8,)}, f"{STEM}.w_norm: a norm's difference"),
-        ({f"{STEM}.b_norm": (8,)}, f"{STEM}.b_norm: a norm's difference"),
+        ({f"{STEM}.diff": (8, 7)}, f"{STEM}: its delta has shape [8, 7] and {TO_Q}.weight has"),
+        ({f"{STEM}.diff_b": (8,)}, f"{STEM}.diff_b: its difference has shape [8] and the target"),
+        ({f"{STEM}.w_norm": (8,)}, f"{STEM}: its delta has shape [8] and {TO_Q}.weight has"),
+        ({f"{STEM}.b_norm": (8,)}, f"{STEM}.b_norm: its difference has shape [8] and the target"),
+        (
+            {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.diff": (8, 6)},
+            f"{STEM}: it has a whole difference and factors of one too",
+        ),
+        ({f"{STEM}.boft_R": (2, 4, 4)}, f"{STEM}.boft_R: BOFT is not supported"),
+        ({f"{TO_Q}.ia3_l": (8, 1)}, f"{TO_Q}.ia3_l: IA3 is not supported"),
+        ({f"{TO_Q}.vera_lambda_b": (8,)}, f"{TO_Q}.vera_lambda_b: VeRA is not supported"),
+        ({"bundle_emb.word.clip_l": (1, 8)}, "bundle_emb.word.clip_l: an embedding stored beside"),
         ({f"{STEM}.on_input": ()}, f"{STEM}.on_input: IA3 is not supported"),
         ({f"{STEM}.a1.weight": (8, 2)}, f"{STEM}.a1.weight: GLoRA is not supported"),
         ({f"{STEM}.oft_blocks": (2, 4, 4)}, f"{STEM}.oft_blocks: OFT is not supported"),
@@ -444,7 +453,7 @@ def lokr(**factors: tuple[int, ...]) -> Shapes:
         (kohya(TO_Q, (4, 6), (8, 3)), f"{STEM}: factors [8, 3] and [4, 6] do not multiply"),
         (kohya(TO_Q, (4,), (8, 4)), "factors [8, 4] and [4] do not multiply"),
         (kohya(TO_Q, (4, 6), ()), "factors [] and [4, 6] do not multiply"),
-        (kohya(TO_Q, (0, 6), (8, 0)), "factors [8, 0] and [0, 6] do not multiply"),
+        (kohya(TO_Q, (0, 6), (8, 0)), f"{STEM}: it is empty: its factors have rank 0"),
         (kohya(CONV, (2, 8, 3, 3), (10, 2, 3, 3)), "do not multiply"),
         (
             {**kohya(TO_Q, (4, 6), (8, 4)), f"{STEM}.alpha": (2,)},
@@ -572,7 +581,7 @@ def test_no_key_is_ever_skipped(
         down, up, weight = shapes[factors["down"]], shapes[factors["up"]], TARGET[module.key]
         assert down[0] == up[1] == module.rank > 0
         assert up[0] == weight[0]
-        assert down[1] == (module.channels or weight[1])
+        assert module.columns == element_count(down[1:]) <= element_count(weight[1:])
         assert module.alpha_key is None or module.alpha is None
     paths = [module.key.removesuffix(".weight") for module in table.modules]
     for pattern in patterns:

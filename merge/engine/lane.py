@@ -103,7 +103,7 @@ class Lane:
         baked = self._baked(tensor, state)
         factors = self._adder.read_factors(tensor)
         self._prefetch(tensor, unit)
-        if tensor.is_whole:
+        if tensor.is_whole and METHODS[self._plan.method].combine is not None:
             yield from self._merged_whole(tensor, factors, unit, state)
             return
         for start, count in self._blocks(tensor, factors, unit):
@@ -180,6 +180,8 @@ class Lane:
             if tensor.loras and makes_products:
                 # A product of many rows is faster than several of few; what follows is not.
                 outer = max(step, PRODUCT_ELEMENTS // row * row)
+            if tensor.is_whole:
+                outer = unit.count
         end = unit.start + unit.count
         for begin in range(unit.start, end, outer):
             stop = min(begin + outer, end)

@@ -10,8 +10,8 @@ import torch
 from merge.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
 from merge.engine.settle import Product, settle
-from merge.lora import delta_rows, dora_delta_rows, row_steps
-from merge.methods import METHODS
+from merge.lora import delta_rows, dora_delta_columns, dora_delta_rows, row_steps
+from merge.methods import METHODS, add_difference
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
 from merge.plan.terms import round_weight
 
@@ -82,10 +82,7 @@ class TermAdder:
         changed = is_changed
         for term in tensor.deltas:
             view, distilled, base = self._delta(tensor, term, values, start)
-            distilled -= base
-            if term.weight != 1.0:
-                distilled *= term.weight
-            view += distilled
+            add_difference(view, distilled, base, term.weight)
             changed = changed or _has_values(distilled)
         if tensor.loras:
             view, delta = self._loras(tensor, values, start)
@@ -254,8 +251,13 @@ class TermAdder:
         base = self._buffers.read_grown(
             term.base, first * term.columns, count, _BASE_ROWS, torch.float64
         )
-        magnitude = factors["magnitude"].reshape(-1)[first : first + rows]
         base = base.view(rows, term.columns)
+        if term.is_by_input:
+            # The whole weight at once, see `TensorPlan.is_whole`.
+            out.copy_(dora_delta_columns(base, out, factors["magnitude"].reshape(-1)))
+            out *= weight
+            return
+        magnitude = factors["magnitude"].reshape(-1)[first : first + rows]
         step = max(1, _STEP_ELEMENTS // term.columns)
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)

@@ -4,6 +4,7 @@ Told by names, shapes, dtypes and metadata alone.
 """
 
 from merge.kinds.average import AVERAGE_PREFIX, PLAIN_PREFIX, averaged_keys
+from merge.kinds.foreign import foreign_kind
 from merge.kinds.prediction import EDM, Prediction, is_marker, stated_prediction
 from merge.kinds.quantized import FLOAT8, Quantized, find_scales
 from merge.kinds.wrappers import unwrapped
@@ -17,6 +18,7 @@ __all__ = [
     "Quantized",
     "averaged_keys",
     "find_scales",
+    "foreign_kind",
     "is_marker",
     "stated_prediction",
     "unwrapped",

@@ -25,7 +25,8 @@ def delta_rows(form: str, factors: Mapping[str, Array], start: int, stop: int) -
             with the cores `t1` and `t2` `(r, r, kh, kw)`, `a` `(r, out)` and `b` `(r, in)`;
             `lokr`, the Kronecker product of `w1` `(l, m)` and `w2` `(k, n[, kh, kw])`, where `w1`
             may be `w1_a @ w1_b` and `w2` may be `w2_a @ w2_b`, or `w2_a` `(r, k)` and `w2_b`
-            `(r, n)` around the core `t2` `(r, r, kh, kw)`.
+            `(r, n)` around the core `t2` `(r, r, kh, kw)`;
+            `diff`, the delta itself, of the weight's shape.
         factors: Role to array, in float64.
         start: First row.
         stop: One past the last row.
@@ -87,6 +88,29 @@ def dora_delta_rows(base: Array, delta: Array, magnitude: Array) -> Array:
     length = (adapted * adapted).sum(1) ** 0.5
     factor = magnitude / (length + (length == 0))
     return adapted * factor.reshape(-1, 1) - base
+
+
+def dora_delta_columns(base: Array, delta: Array, magnitude: Array) -> Array:
+    """Return what DoRA adds where it has a length for each input, as LyCORIS trains it by default.
+
+    The numbers that an input is multiplied by, in all rows and places of the kernel, are given the
+    length that `magnitude` states. An input of zeros stays one.
+
+    Args:
+        base: `(out, in*kh*kw)` of the whole weight without the adapter, float64.
+        delta: `(out, in*kh*kw)` of the adapter with its alpha, without the user's weight.
+        magnitude: `(in,)`.
+
+    Returns:
+        `(out, in*kh*kw)`: the difference between the adapted weight and `base`.
+
+    Source: `weight_decompose` in LyCORIS, `wd_on_out` False.
+    """
+    inputs = magnitude.shape[0]
+    adapted = (base + delta).reshape(base.shape[0], inputs, -1)
+    length = (adapted * adapted).sum(2).sum(0) ** 0.5
+    factor = magnitude / (length + (length == 0))
+    return (adapted * factor.reshape(1, -1, 1)).reshape(base.shape) - base
 
 
 def _matrix(factor: Array) -> Array:
@@ -154,4 +178,8 @@ def _fine_rows(factors: Mapping[str, Array]) -> int:
     return int(factors["w2_a"].shape[1 if "t2" in factors else 0])
 
 
-_FORMS = {"lora": _lora, "locon": _locon, "loha": _loha, "lokr": _lokr}
+def _diff(factors: Mapping[str, Array], start: int, stop: int) -> Array:
+    return _matrix(factors["diff"])[start:stop]
+
+
+_FORMS = {"lora": _lora, "locon": _locon, "loha": _loha, "lokr": _lokr, "diff": _diff}

@@ -39,6 +39,10 @@ def product_of(factors: Shapes) -> Product:
     """
     if not factors:
         raise ValueError("it has no factors")
+    if set(factors) == {"diff"}:
+        return Product("diff", 0, factors["diff"])
+    if "diff" in factors:
+        raise ValueError("it has a whole difference and factors of one too")
     kinds = {role.partition("_")[0] if "_" in role else "lora" for role in factors}
     if len(kinds) > 1:
         raise ValueError(f"it mixes the factors {', '.join(sorted(factors))} of several forms")
@@ -53,6 +57,8 @@ def _lora(factors: Shapes) -> Product:
     if not {"down", "up"} <= factors.keys():
         raise ValueError("it has only one of its two factors")
     down, up = factors["down"], factors["up"]
+    if 0 in (*down[:1], *up[1:2]):
+        raise ValueError("it is empty: its factors have rank 0")
     core = factors.get("mid")
     inner = core[0] if core else (down[0] if down else 0)
     fits = len(down) >= 2 and len(up) >= 2 and 0 < inner == up[1] and _is_flat(up)

@@ -13,16 +13,15 @@ class AdapterModule:
     Attributes:
         component: `unet`, `text_encoder` or `text_encoder_2`.
         key: The component's key that it changes, as the target spells it.
-        form: How the factors multiply: `lora`, `locon`, `loha` or `lokr`; see `delta_rows`.
+        form: How the factors multiply: `lora`, `locon`, `loha`, `lokr`, `diff`; see `delta_rows`.
         factors: Role of each factor, e.g. `down`, and its key in the file.
         rank: Inner dimension; 0 where no factor is a product.
         alpha_key: Key of the scalar alpha in the file, if it has one that counts.
         alpha: Alpha stated in the file's metadata; None: in `alpha_key`, or scale 1.
         rows: Rows of the delta, which is `(rows, columns)` and reshaped to the weight.
         columns: Columns of the delta.
-        channels: Input channels that it covers, fewer than the weight's for a 4-channel
-            `conv_in`; 0 when it covers all.
-        magnitude: Key of DoRA's row norms; None for an additive adapter.
+        magnitude: Key of DoRA's norms; None for an additive adapter.
+        is_by_input: DoRA's norms are of the inputs, and not of the rows.
         is_rank_stabilised: Whether the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
         idle: Keys of the module that have no effect by the rules of its form.
     """
@@ -36,8 +35,8 @@ class AdapterModule:
     alpha: float | None
     rows: int
     columns: int
-    channels: int
     magnitude: str | None = None
+    is_by_input: bool = False
     is_rank_stabilised: bool = False
     idle: tuple[str, ...] = ()
 
@@ -66,7 +65,9 @@ class AdapterTable:
     Attributes:
         modules: In the order of component and key, the UNet's last.
         problems: One line for each key or module that cannot be applied.
+        source: Where alphas are stated that are in no tensor; empty where none is.
     """
 
     modules: tuple[AdapterModule, ...]
     problems: tuple[str, ...]
+    source: str = ""

@@ -29,7 +29,23 @@ _OWNERS = (
     ("lora_te_", "text_encoder"),
     ("text_encoder.", "text_encoder"),
 )
-_PEFT_MODEL = "base_model.model."
+# What programs put before a module's path, in any order and number.
+_COMPILED = ("_orig_mod.", "_orig_mod_")
+_WRAPPERS = ("base_model.model.", "base_model.", "module.")
+_UNET_ROOTS = ("model.diffusion_model.", "diffusion_model.", "unet.", "model.")
+# ComfyUI's names of the text encoders, after any of its own prefixes.
+_ENCODERS = {
+    "clip_l.": "text_encoder",
+    "te1.": "text_encoder",
+    "conditioner.embedders.0.": "text_encoder",
+    "cond_stage_model.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+    "te2.": "text_encoder_2",
+    "conditioner.embedders.1.": "text_encoder_2",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+}
+_ENCODER_ROOTS = ("transformer.", "model.", "base_model.model.", "base_model.")
 # Early diffusers kept the factors of attention in a processor, named after the projection.
 _PROCESSOR_PARTS = {
     "to_q": "to_q_lora",
@@ -76,10 +92,36 @@ def spell(targets: Mapping[str, Iterable[str]]) -> Spellings:
     return Spellings(places, ambiguous)
 
 
+def simplified(name: str) -> str:
+    """Return a module's name without the wrappers of training programs, after its component.
+
+    E.g. `unet.mid_block.resnets.0.conv1` for `base_model.model.unet.unet._orig_mod.mid_block...`.
+    A name in Kohya's spelling loses what torch.compile put into it.
+    """
+    for part in _COMPILED:
+        name = name.replace(part, "")
+    if name.startswith(("lora_", "lycoris_")):
+        return name
+    name = _without(name, _WRAPPERS).removeprefix("text_encoders.")
+    for prefix, component in _ENCODERS.items():
+        if name.startswith(prefix):
+            return f"{component}.{_without(name.removeprefix(prefix), _ENCODER_ROOTS)}"
+    if name.startswith(TEXT_MODEL):
+        return f"text_encoder.{name}"
+    return f"{UNET}.{_without(name, (*_UNET_ROOTS, *_WRAPPERS))}"
+
+
 def owner(name: str) -> str:
     """Return the text encoder that a name says it belongs to, or `unet`."""
-    name = name.removeprefix(_PEFT_MODEL)
+    name = simplified(name)
     return next((component for prefix, component in _OWNERS if name.startswith(prefix)), UNET)
+
+
+def _without(name: str, prefixes: tuple[str, ...]) -> str:
+    """Take prefixes off as often as they are there."""
+    while prefix := next((p for p in prefixes if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _unet_names(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -97,12 +139,10 @@ def _unet_names(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
             paths.append(ldm[key].removesuffix(".weight"))
         for path in dict.fromkeys(paths):
             flat = path.replace(".", "_")
-            for name in (f"lora_unet_{flat}", f"lycoris_{flat}", path, f"diffusion_model.{path}"):
+            for name in (f"lora_unet_{flat}", f"lycoris_{flat}", path, f"unet.{path}"):
                 yield name, key
         for path in (paths[0], *_parts(paths[0], _PROCESSOR_PARTS, ".processor")):
-            for prefix in ("", "unet.", "unet.base_model.model.", "base_model.model.unet."):
-                yield prefix + path, key
-            yield _PEFT_MODEL + path, key
+            yield f"unet.{path}", key
 
 
 def _text_names(component: str, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -120,8 +160,6 @@ def _text_names(component: str, keys: Iterable[str]) -> Iterator[tuple[str, str]
                 yield prefix + path.replace(".", "_"), key
             for name in (path, *_parts(path, _TEXT_PARTS, "")):
                 yield f"{component}.{name}", key
-                yield f"{component}.{_PEFT_MODEL}{name}", key
-                yield f"{_PEFT_MODEL}{component}.{name}", key
 
 
 def _parts(path: str, table: Mapping[str, str], inside: str) -> Iterator[str]:

@@ -9,22 +9,20 @@ carries the kernel and `up` is 1x1; LyCORIS for LoCon, LoHa and LoKr.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from merge.header import element_count
 from merge.keymap import CONV_IN
 from merge.lora.forms import Product, product_of
-from merge.lora.metadata import KEY, ComponentConfig, read_config
+from merge.lora.metadata import ComponentConfig, read_config
 from merge.lora.module import AdapterModule, AdapterTable
-from merge.lora.names import TEXT_MODEL, UNET, Place, Spellings, owner, spell
-from merge.lora.roles import ALPHA, MAGNITUDE, split_role
+from merge.lora.names import TEXT_MODEL, UNET, Place, Spellings, owner, simplified, spell
+from merge.lora.roles import ALPHA, DIFF, DIFF_BIAS, MAGNITUDE, split_role
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-
-# Width of the text that cross-attention reads, and who reads such a text.
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
 @dataclass(slots=True)
@@ -36,7 +34,10 @@ class _Parts:
 
 
 def parse_adapters(
-    shapes: Shapes, metadata: Mapping[str, str], targets: Mapping[str, Shapes]
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    targets: Mapping[str, Shapes],
+    config: Mapping[str, Any] | None = None,
 ) -> AdapterTable:
     """Match every key of a LoRA file with a weight of the target.
 
@@ -44,13 +45,14 @@ def parse_adapters(
         shapes: The file's keys and shapes.
         metadata: The file's `__metadata__`; diffusers keeps alphas there.
         targets: Component, e.g. `unet`, to its keys and shapes.
+        config: Parsed `adapter_config.json` of peft, if the LoRA has one.
 
     Returns:
         The modules, and a problem for each key that fits nothing, so that none is skipped.
     """
     problems: list[str] = []
     try:
-        configs = read_config(metadata, targets)
+        configs = read_config(metadata, targets, config)
     except ValueError as error:
         problems.append(str(error))
         configs = read_config({}, targets)
@@ -58,33 +60,32 @@ def parse_adapters(
     builder = _Builder(shapes, targets, spell(targets), configs)
     modules: dict[Place, AdapterModule] = {}
     stems: dict[Place, str] = {}
-    strange = 0
     for stem, parts in groups.items():
         try:
-            module = builder.build(stem, parts)
+            found = list(builder.build(stem, parts))
         except ValueError as error:
             problems.append(str(error))
-            strange += 1
             continue
-        place = (module.component, module.key)
-        if place in modules:
-            problems.append(
-                f"{stem}: {module.key} is already changed by {stems[place]}, another spelling of it"
-            )
-            continue
-        modules[place] = module
-        stems[place] = stem
-    for component, config in configs.items():
+        for module in found:
+            place = (module.component, module.key)
+            if place in modules:
+                problems.append(
+                    f"{stem}: {module.key} is already changed by {stems[place]}, another spelling "
+                    "of it"
+                )
+                continue
+            modules[place] = module
+            stems[place] = stem
+    for component, stated in configs.items():
         paths = [_path(name, key) for name, key in modules if name == component]
         problems += [
-            f"{KEY}: alpha_pattern {pattern!r} fits no module"
+            f"{stated.source}: alpha_pattern {pattern!r} fits no module"
             # A pattern without a component's name is for the UNet, if it is there at all.
-            for pattern in config.unused_patterns(paths)
+            for pattern in stated.unused_patterns(paths)
             if paths or component == UNET
         ]
-    if strange and (line := _other_family(groups, shapes, targets.get(UNET, {}))):
-        problems.insert(0, line)
-    return AdapterTable(tuple(modules[place] for place in sorted(modules)), tuple(problems))
+    source = next((stated.source for stated in configs.values() if stated.alpha is not None), "")
+    return AdapterTable(tuple(modules[place] for place in sorted(modules)), tuple(problems), source)
 
 
 def _group(shapes: Shapes, problems: list[str]) -> dict[str, _Parts]:
@@ -111,8 +112,8 @@ class _Builder:
     spellings: Spellings
     configs: Mapping[str, ComponentConfig]
 
-    def build(self, stem: str, parts: _Parts) -> AdapterModule:
-        """Make a module of its keys.
+    def build(self, stem: str, parts: _Parts) -> Iterator[AdapterModule]:
+        """Make the modules of a name's keys: one for the weight, one for the bias beside it.
 
         Raises:
             ValueError: it cannot be applied; the message is the problem.
@@ -123,6 +124,22 @@ class _Builder:
             )
         component, key = self._place(stem)
         names = dict(parts.names)
+        bias = names.pop(DIFF_BIAS, None)
+        if bias is not None:
+            yield self._bias(stem, component, key, bias)
+        if names:
+            yield self._weight(stem, component, key, names)
+
+    def _bias(self, stem: str, component: str, key: str, name: str) -> AdapterModule:
+        bias = f"{key.removesuffix('.weight')}.bias"
+        wanted, shape = self.targets[component].get(bias), self.shapes[name]
+        if wanted != shape:
+            what = f"{bias} has shape {list(wanted)}" if wanted else f"the target has no {bias}"
+            raise ValueError(f"{name}: its difference has shape {list(shape)} and {what}")
+        factors = ((DIFF, name),)
+        return AdapterModule(component, bias, DIFF, factors, 0, None, None, element_count(shape), 1)
+
+    def _weight(self, stem: str, component: str, key: str, names: dict[str, str]) -> AdapterModule:
         alpha_key = names.pop(ALPHA, None)
         magnitude = names.pop(MAGNITUDE, None)
         try:
@@ -134,40 +151,50 @@ class _Builder:
                 f"{alpha_key}: alpha must be one number, not of shape "
                 f"{list(self.shapes[alpha_key])}"
             )
-        channels = self._fit(stem, component, key, product)
+        self._fit(stem, component, key, product)
         rows, columns = product.shape[0], element_count(product.shape[1:])
-        config = self.configs[component]
+        config, path = self.configs[component], _path(component, key)
+        by_input = False
         if magnitude is not None:
-            self._check_magnitude(magnitude, rows)
+            by_input = self._check_magnitude(magnitude, rows, self.targets[component][key])
         elif config.is_dora:
-            raise ValueError(f"{stem}: {KEY} says use_dora, and the module has no magnitude")
-        factors = tuple((_bare(role), name) for role, name in sorted(names.items()))
+            raise ValueError(
+                f"{stem}: {config.source} says use_dora, and the module has no magnitude"
+            )
         # Without a low-rank factor there is no rank, and LyCORIS gives alpha no effect.
         counts = product.rank > 0
-        alpha = config.find_alpha(_path(component, key)) if counts and alpha_key is None else None
+        stated = config.find_rank(path)
+        if counts and stated is not None and stated != product.rank and config.is_checked:
+            raise ValueError(
+                f"{stem}: {config.source} says rank {stated}, and its factors have {product.rank}"
+            )
+        alpha = config.find_alpha(path) if counts and alpha_key is None else None
         return AdapterModule(
             component,
             key,
             product.form,
-            factors,
+            tuple((_bare(role), name) for role, name in sorted(names.items())),
             product.rank,
             alpha_key if counts else None,
             alpha,
             rows,
             columns,
-            channels,
             magnitude,
+            by_input,
             config.is_rank_stabilised,
             () if counts or alpha_key is None else (alpha_key,),
         )
 
     def _place(self, stem: str) -> Place:
-        if stem in self.spellings.ambiguous:
-            (_, first), (_, second) = self.spellings.ambiguous[stem]
-            raise ValueError(f"{stem}: {first} and {second} have the same name in this spelling")
-        place = self.spellings.places.get(stem)
-        if place is not None:
-            return place
+        for name in (stem, simplified(stem)):
+            if name in self.spellings.ambiguous:
+                (_, first), (_, second) = self.spellings.ambiguous[name]
+                raise ValueError(
+                    f"{stem}: {first} and {second} have the same name in this spelling"
+                )
+            place = self.spellings.places.get(name)
+            if place is not None:
+                return place
         component = owner(stem)
         if component not in self.targets:
             raise ValueError(
@@ -176,43 +203,54 @@ class _Builder:
             )
         raise ValueError(f"{stem}: the target has no weight of this name")
 
-    def _fit(self, stem: str, component: str, key: str, product: Product) -> int:
-        """Return how many input channels are covered where these are not all, else 0."""
+    def _fit(self, stem: str, component: str, key: str, product: Product) -> None:
+        """Check the delta's shape against the weight's.
+
+        Raises:
+            ValueError: it is another one, and not that of a narrower input.
+        """
         weight = self.targets[component][key]
         shape = product.shape
+        if product.form == DIFF and shape == weight:
+            return
         if len(weight) >= 2 and shape[0] == weight[0]:
             if _squeezed(shape) == _squeezed(weight):
-                return 0
+                return
             # Some forms hide the kernel in the columns.
             columns, row = element_count(shape[1:]), element_count(weight[1:])
             kernel = element_count(weight[2:])
             is_hidden = len(shape) == 2 and len(weight) > 2 and product.form in ("loha", "lokr")
             if is_hidden and columns == row:
-                return 0
+                return
             shows_kernel = shape[2:] == weight[2:]
             is_narrow = (component, key) == (UNET, CONV_IN) and columns < row
             is_narrow &= shows_kernel or (is_hidden and columns % kernel == 0)
             if is_narrow:
-                return columns // kernel
+                return
         raise ValueError(
             f"{stem}: its delta has shape {list(shape)} and {key} has shape {list(weight)}"
         )
 
-    def _check_magnitude(self, name: str, rows: int) -> None:
+    def _check_magnitude(self, name: str, rows: int, weight: Shape) -> bool:
+        """Return True where DoRA's norms are of the inputs, False where they are of the rows.
+
+        Raises:
+            ValueError: they are neither.
+        """
         shape = self.shapes[name]
+        count = element_count(shape)
         # peft writes (1, out, 1, 1) for a convolution, LyCORIS means (1, in, 1, 1) by that.
+        is_peft = "lora_magnitude" in name
         is_row_wise = bool(shape) and shape[0] == rows
-        is_row_wise |= "lora_magnitude" in name and len(shape) > 1 and shape[1] == rows
-        if is_row_wise and element_count(shape) == rows:
-            return
-        if shape and shape[0] == 1 and "dora_scale" in name:
-            raise ValueError(
-                f"{name}: a DoRA scale of shape {list(shape)} is one for each input, and only one "
-                f"for each of the {rows} outputs is supported"
-            )
+        is_row_wise |= is_peft and len(shape) > 1 and shape[1] == rows
+        is_by_input = not is_peft and len(shape) > 1 and shape[0] == 1 and shape[1] == weight[1]
+        if is_by_input and count == weight[1] and rows > 1:
+            return True
+        if is_row_wise and count == rows:
+            return False
         raise ValueError(
-            f"{name}: DoRA needs one magnitude for each of the {rows} outputs, not shape "
-            f"{list(shape)}"
+            f"{name}: DoRA needs one magnitude for each of the {rows} outputs or the {weight[1]} "
+            f"inputs, not shape {list(shape)}"
         )
 
 
@@ -229,32 +267,3 @@ def _path(component: str, key: str) -> str:
 def _squeezed(shape: Shape) -> Shape:
     # A 1x1 convolution and a linear layer hold the same numbers in the same order.
     return (*shape[:2], *(size for size in shape[2:] if size != 1))
-
-
-def _other_family(stems: Mapping[str, _Parts], shapes: Shapes, target: Shapes) -> str:
-    """Say so when the LoRA was made for another kind of Stable Diffusion."""
-    theirs = _context(
-        (stem, shapes[parts.names["down"]])
-        for stem, parts in stems.items()
-        if "down" in parts.names
-    )
-    ours = _context((_path(UNET, key), shape) for key, shape in target.items())
-    if not theirs or not ours or theirs == ours:
-        return ""
-    words = [_WIDTHS.get(width, f"width {width}") for width in (theirs, ours)]
-    return (
-        f"it looks like a LoRA for {words[0]}, and the target is {words[1]}: its cross-attention "
-        f"reads a text of width {theirs}, the target's one of {ours}"
-    )
-
-
-def _context(weights: Iterable[tuple[str, Shape]]) -> int:
-    return next(
-        (
-            shape[1]
-            for name, shape in weights
-            if "attn2" in name and name.endswith(("to_k", "to_v", "to_k_lora", "to_v_lora"))
-            if len(shape) > 1
-        ),
-        0,
-    )

@@ -22,5 +22,7 @@ def add_difference(target: Array, distilled: Array, base: Array, weight: float) 
         https://github.com/quickjkee/instruct-pix2pix-distill.
     """
     distilled -= base
-    distilled *= weight
+    # A pass over memory less, with the same bits.
+    if weight != 1.0:
+        distilled *= weight
     target += distilled

@@ -37,6 +37,7 @@ class AdapterReader:
         sources: For the target's keys.
         problems: One line for each key that cannot be applied; filled by `read`.
         notes: What a user should know; filled by `read`.
+        warnings: What a user should decide or mend; filled by `read`.
         left_out: Keys that no module uses and the recipe excludes; filled by `read`.
     """
 
@@ -44,6 +45,7 @@ class AdapterReader:
     sources: OpenedSources
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
     def read(self, opened: Opened) -> dict[Place, Adapter]:
@@ -60,26 +62,37 @@ class AdapterReader:
             if alpha is None:
                 continue
             if not math.isfinite(alpha) or alpha == 0:
-                name = module.alpha_key or "lora_adapter_metadata"
+                name = module.alpha_key or table.source
                 self.problems.append(f"{opened.role}: {name} is {alpha}, no usable alpha")
                 continue
             adapters[module.component, module.key] = Adapter(module, alpha)
         self._check_components(label, adapters)
         self._check_dora(label, adapters)
-        scaled = [m for m in table.modules if m.rank]
-        stated = [m.alpha_key is not None or m.alpha is not None for m in scaled]
-        if not all(stated):
-            self.notes.append(
-                f"{opened.role}: {stated.count(False)} of {len(stated)} LoRA modules state no "
-                "alpha, so their scale is 1"
-            )
+        self._tell_scales(label, table)
         return adapters
+
+    def _tell_scales(self, label: str, table: AdapterTable) -> None:
+        """Say where scales are from that no tensor states, and warn where nothing does."""
+        scaled = [m for m in table.modules if m.rank]
+        stated = sum(m.alpha is not None for m in scaled)
+        silent = sum(m.alpha is None and m.alpha_key is None for m in scaled)
+        if stated:
+            self.notes.append(
+                f"{label}: the scale of {stated} of {len(scaled)} LoRA modules is from "
+                f"{table.source}"
+            )
+        if silent:
+            self.warnings.append(
+                f"{label}: {silent} of {len(scaled)} LoRA modules state no alpha, so their scale "
+                "is 1; if its trainer used another one, set its weight to alpha / rank"
+            )
 
     def _parse(self, opened: Opened) -> AdapterTable:
         """Match the keys, but for those that fit nothing and are excluded by their own name."""
         checkpoint, targets = opened.checkpoint, self._targets()
+        config = opened.model.adapter_config
         shapes = checkpoint.shapes
-        table = parse_adapters(shapes, checkpoint.metadata, targets)
+        table = parse_adapters(shapes, checkpoint.metadata, targets, config)
         used = {name for module in table.modules for name in module.names}
         excluded = {
             name: pattern
@@ -94,7 +107,7 @@ class AdapterReader:
             for name, pattern in sorted(excluded.items())
         ]
         rest = {name: shape for name, shape in shapes.items() if name not in excluded}
-        return parse_adapters(rest, checkpoint.metadata, targets)
+        return parse_adapters(rest, checkpoint.metadata, targets, config)
 
     def _check_idle(self, opened: Opened, used: set[str], effective: set[str]) -> None:
         """Refuse patterns that name keys of modules, where only weights can be excluded."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge.errors import CheckpointError, PlanError
-from merge.kinds import EDM
-from merge.lora import has_magnitudes, is_lora
+from merge.kinds import EDM, foreign_kind
+from merge.lora import foreign_family, has_magnitudes, is_lora
 from merge.plan.opening import Opened, OpenedSources, open_models
 from merge.sources import Sources
 
@@ -61,6 +61,8 @@ def _check_kinds(sources: OpenedSources) -> list[str]:
             )
         elif opened.unet is not None:
             continue
+        elif kind := foreign_kind(opened.checkpoint.shapes):
+            problems.append(f"{opened.title} is no UNet and no LoRA: it is {kind}")
         elif not is_lora(names):
             shown = ", ".join(sorted(names)[:3]) or "no tensors"
             problems.append(
@@ -76,13 +78,14 @@ def _check_kinds(sources: OpenedSources) -> list[str]:
 
 def _check_roles(sources: OpenedSources) -> list[str]:
     problems = []
-    full = [opened for opened in sources.distilled if not is_lora(opened.checkpoint.tensors)]
+    full = [opened for opened in sources.distilled if opened.unet is not None]
     if full and sources.base is None:
         problems.append(
             f"{full[0].role} ({full[0].model.label}) is a full UNet: name the model that it was "
             "distilled from as models.base"
         )
-    if not full and sources.base is not None and not any(map(_is_dora, sources.distilled)):
+    are_adapters = all(opened.is_lora for opened in sources.distilled)
+    if are_adapters and sources.base is not None and not any(map(_is_dora, sources.distilled)):
         problems.append(
             "every distilled model is a LoRA, which needs no base: set models.base=null"
         )
@@ -141,6 +144,9 @@ def _check_families(sources: OpenedSources) -> list[str]:
     problems = []
     for opened in sources.models[1:]:
         unet = opened.unet
+        if opened.is_lora:
+            line = foreign_family(opened.checkpoint.shapes, sources.target.checkpoint.shapes)
+            problems += [f"{opened.title}: {line}"] if line else []
         if unet is None or unet.family == target.family:
             continue
         problems.append(

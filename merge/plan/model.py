@@ -95,15 +95,16 @@ class LoraTerm:
     Attributes:
         role: Which distilled model.
         index: Its place among the recipe's distilled models.
-        form: How the factors multiply: `lora`, `locon`, `loha` or `lokr`.
+        form: How the factors multiply: `lora`, `locon`, `loha`, `lokr` or `diff`.
         factors: Name of the factor, e.g. `down`, and where it is.
         rows: First dimension of the weight.
         columns: Elements of a row that the delta covers, from the first on.
         weight: The recipe's, in float64.
         alpha: The adapter's, or the divisor where it states none.
         divisor: The rank, or what the adapter's rule has in its place.
-        magnitude: DoRA's row norms, `(rows,)` and ones; None for an additive adapter.
+        magnitude: DoRA's norms, `(rows,)` and ones; None for an additive adapter.
         base: For DoRA the weight that the adapter was trained on, of the delta's shape.
+        is_by_input: DoRA's norms are `(1, in)` and ones, of the inputs.
     """
 
     role: str
@@ -117,6 +118,7 @@ class LoraTerm:
     divisor: float
     magnitude: TensorRef | None = None
     base: TensorRef | None = None
+    is_by_input: bool = False
 
     @property
     def strength(self) -> float:

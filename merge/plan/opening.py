@@ -65,6 +65,11 @@ class Opened:
         """Return the model's role and name, for messages."""
         return f"{self.model.role} ({self.model.label})"
 
+    @property
+    def is_lora(self) -> bool:
+        """Return True for an adapter of any kind."""
+        return is_lora(self.checkpoint.tensors)
+
     def component(self, name: str) -> Checkpoint | None:
         """Return the tensors of a component, or None when the model does not have it."""
         return self.checkpoint if name == "unet" else self.text.get(name)

@@ -47,7 +47,9 @@ class RowBuilder:
         for opened in self.sources.models:
             self._note_variant(opened)
             self.left_out += opened.left_out
-        reader = AdapterReader(self.recipe, self.sources, self.problems, self.notes, self.left_out)
+        reader = AdapterReader(
+            self.recipe, self.sources, self.problems, self.notes, self.warnings, self.left_out
+        )
         for opened in self.sources.distilled:
             if is_lora(opened.checkpoint.tensors):
                 self._loras[opened.role] = reader.read(opened)
@@ -245,9 +247,11 @@ class RowBuilder:
         if kept:
             self._keep(place, target, code, reason)
             return
-        is_whole = METHODS[self.recipe.method].scope == "tensor"
+        is_by_input = any(term.is_by_input for term in loras)
+        is_whole = METHODS[self.recipe.method].scope == "tensor" or is_by_input
         if is_whole:
-            reason = "; ".join(filter(None, (reason, "its method needs the whole tensor at once")))
+            what = "a DoRA of inputs" if is_by_input else "its method"
+            reason = "; ".join(filter(None, (reason, f"{what} needs the whole tensor at once")))
         self.rows.append(
             TensorPlan(
                 key,

@@ -84,6 +84,7 @@ class TermBuilder:
             module.divisor,
             magnitude,
             base,
+            module.is_by_input,
         )
 
     def _dora_base(self, module: AdapterModule) -> TensorRef | None:

@@ -127,6 +127,7 @@ class ResolvedModel:
             commit.
         config_files: The JSON files that `config`, `scheduler` and `pipeline` were read from.
         allow_pickle: The recipe lets its weights be pickles.
+        adapter_config: Parsed `adapter_config.json` of peft, for a LoRA that has one.
         ema: Whether a moving average beside its plain weights is taken: True, False or `auto`.
     """
 
@@ -145,6 +146,7 @@ class ResolvedModel:
     config_label: str = ""
     config_files: tuple[SourceFile, ...] = ()
     allow_pickle: bool = False
+    adapter_config: Mapping[str, Any] | None = None
     ema: str | bool = "auto"
 
     @property
@@ -187,9 +189,10 @@ class ResolvedModel:
         )
 
     def merged_files(self, components: Collection[str]) -> tuple[SourceFile, ...]:
-        """Return the weight files whose tensors are read when these components are merged."""
+        """Return the files that decide merged weights when these components are merged."""
         text = (files for name, files in self.text_encoders.items() if name in components)
-        return (*self.weights, *(file for files in text for file in files))
+        scales = self.config_files if self.adapter_config is not None else ()
+        return (*self.weights, *(file for files in text for file in files), *scales)
 
 
 @dataclass(frozen=True, slots=True)

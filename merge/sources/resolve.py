@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import OfflineError, SourceError, SourceNotFoundError
+from merge.lora import CONFIG_NAME
 from merge.pickles import PICKLE_SUFFIXES
 from merge.recipe.bundled import bundled_folder
 from merge.recipe.schema import ModelRef, Recipe
@@ -31,6 +32,8 @@ from merge.sources.store import HubStore, LocalStore, Store
 
 _IN_NO_SINGLE_FILE = ("safety_checker", "feature_extractor", "image_encoder")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# As peft names the weights of an adapter.
+_PEFT_STEM = "adapter_model"
 
 
 def resolve_sources(recipe: Recipe, *, download: bool = True) -> Sources:
@@ -99,7 +102,8 @@ class _Resolver:
         if ref.path is not None:
             path = Path(ref.path)
             if path.is_file():
-                store = LocalStore(path.parent, frozenset({path.name}))
+                beside = {CONFIG_NAME} if (path.parent / CONFIG_NAME).is_file() else set()
+                store = LocalStore(path.parent, frozenset({path.name, *beside}))
                 return self._resolve_file(ref, role, store, path.name, path.name)
             if not path.is_dir():
                 hint = "paths are relative to the recipe file, those of overrides to this folder"
@@ -135,6 +139,7 @@ class _Resolver:
         configs = _NO_CONFIGS
         if ref.config is not None:
             configs = _open_configs(self._config_store(ref.config), ref.config, role)
+        adapter = read_configs(ref, store, _adapter_config(name, store))
         return ResolvedModel(
             role=role,
             label=label,
@@ -148,8 +153,9 @@ class _Resolver:
             scheduler=configs.scheduler,
             pipeline=configs.pipeline,
             config_label=configs.label,
-            config_files=configs.files,
+            config_files=(*configs.files, *adapter.files),
             allow_pickle=self._scope.allow_pickle,
+            adapter_config=next(iter(adapter.trees.values()), None),
             ema=ref.ema,
         )
 
@@ -166,6 +172,13 @@ def _is_local(config: str) -> bool:
 
 def _prefix_of(ref: ModelRef) -> str:
     return f"{ref.subfolder.strip('/')}/" if ref.subfolder else ""
+
+
+def _adapter_config(weights: str, store: Store) -> set[str]:
+    """Return peft's config beside a file of its own name, where it is."""
+    folder, _, name = weights.rpartition("/")
+    config = f"{folder}/{CONFIG_NAME}" if folder else CONFIG_NAME
+    return {config} & store.names if name.startswith(_PEFT_STEM) else set()
 
 
 def _check_suffix(name: str, scope: Scope) -> None:
@@ -242,6 +255,8 @@ def _resolve_folder(
     scheduler_name = f"{prefix}scheduler/scheduler_config.json"
     index_name = f"{prefix}model_index.json"
     needed = {config_name, scheduler_name} & store.names
+    adapter = _adapter_config(f"{unet}{weights.names[0]}", store)
+    needed |= adapter
     if weights.index:
         needed.add(f"{unet}{weights.index}")
     if is_target:
@@ -283,6 +298,7 @@ def _resolve_folder(
         text_encoders=text_encoders,
         config_files=configs.files,
         allow_pickle=scope.allow_pickle,
+        adapter_config=next((configs.trees[name] for name in adapter), None),
         ema=ref.ema,
     )
 
