@@ -52,12 +52,14 @@ class CheckFacts:
         values: What was measured, each with its limit.
         rule: `at least` or `at most`.
         failed: How many did not pass.
+        only_warns: True where that is no failure of the model.
     """
 
     name: str
     values: tuple[tuple[float, float], ...]
     rule: str
     failed: int
+    only_warns: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,22 @@ class EditFacts:
 
 @dataclass(frozen=True, slots=True)
 class ReportFacts:
-    """What a verification found."""
+    """What a verification found.
+
+    Attributes:
+        passed: No check failed that fails the model.
+        verdict: What was proven, in one line; empty in reports that do not say it.
+        not_judged: What was not, likewise.
+        warnings: What looks wrong all the same.
+        checks: By kind.
+        edits: With pictures.
+        notes: What was left out, and why.
+    """
 
     passed: bool
+    verdict: str
+    not_judged: str
+    warnings: tuple[str, ...]
     checks: tuple[CheckFacts, ...]
     edits: tuple[EditFacts, ...]
     notes: tuple[str, ...]
@@ -213,6 +228,9 @@ def _read_report(folder: Path, manifest: Fields) -> ReportFacts | None:
     edits = (_edit(folder, edit) for edit in report.tables("edits"))
     return ReportFacts(
         passed=report.flag("passed"),
+        verdict=report.text("verdict", ""),
+        not_judged=report.text("not_judged", ""),
+        warnings=report.texts("warnings"),
         checks=_checks(report.tables("checks")),
         edits=tuple(edit for edit in edits if edit is not None),
         notes=report.texts("notes"),
@@ -229,6 +247,7 @@ def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
             tuple((check.measure("value"), check.measure("limit")) for check in kind),
             kind[0].text("rule", ""),
             sum(not check.flag("passed") for check in kind),
+            kind[0].text("severity", "") == "warned",
         )
         for name, kind in kinds.items()
     )

@@ -10,7 +10,15 @@ from pathlib import Path
 import yaml
 
 from merge.card.escape import code, fenced, one_line, prose
-from merge.card.facts import HUB_ID, CardFacts, CheckFacts, EditFacts, Parent, read_facts
+from merge.card.facts import (
+    HUB_ID,
+    CardFacts,
+    CheckFacts,
+    EditFacts,
+    Parent,
+    ReportFacts,
+    read_facts,
+)
 from merge.card.fields import Fields
 from merge.card.metadata import CardLicence, front_matter
 from merge.card.use import BEST_RESOLUTIONS, use_section
@@ -22,6 +30,8 @@ from merge.plan.render import format_bytes
 CARD_NAME = "README.md"
 # The first line after the front matter. A card without it is somebody's own and is not replaced.
 CARD_MARKER = "<!-- made by instruct-merge -->"
+# Nothing that Markdown takes for markup or a link.
+_PLAIN_LINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,:-]*\.?")
 _PLAIN_ID = re.compile(r"[a-z0-9][a-z0-9.-]*\+{0,2}")
 _MAX_EDITS = 6
 _MAX_ROWS = 100
@@ -195,12 +205,12 @@ def _verification(facts: CardFacts) -> str:
             "## Verification\n\nNot verified by an edit. `instruct-merge verify FOLDER` checks "
             "the files, edits pictures and writes the report."
         )
-    failed = sum(check.failed for check in report.checks)
-    total = sum(len(check.values) for check in report.checks)
-    verdict = "**Passed**: all" if report.passed else f"**Failed**: {failed} of"
     lines = [
-        f"## Verification\n\n{verdict} {total} checks (`report.json`, `report.html`).",
+        f"## Verification\n\n{_verdict(report)} (`report.json`, `report.html`).",
         "",
+        *([_plain(report.not_judged), ""] if report.not_judged else []),
+        *(f"- Warning: {prose(line)}" for line in report.warnings[:_MAX_ROWS]),
+        *([""] if report.warnings else []),
         "| check | measured | limit | result |",
         "|---|---|---|---|",
     ]
@@ -210,9 +220,25 @@ def _verification(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
+def _verdict(report: ReportFacts) -> str:
+    failed = sum(check.failed for check in report.checks if not check.only_warns)
+    total = sum(len(check.values) for check in report.checks)
+    word, text = "**Failed**", f"{failed} of {total} checks failed"
+    if report.passed:
+        word = "**Warning**" if report.warnings else "**Passed**"
+        text = f"{total} checks passed"
+    return f"{word}: {_plain(report.verdict or text)}"
+
+
+def _plain(text: str) -> str:
+    """Return a sentence as it is where that is safe: escaped colons read badly."""
+    return text if _PLAIN_LINE.fullmatch(text) else prose(text)
+
+
 def _check_row(check: CheckFacts) -> str:
     values, limits = zip(*check.values, strict=True)
-    result = f"{check.failed} of {len(values)} failed" if check.failed else "passed"
+    word = "warned" if check.only_warns else "failed"
+    result = f"{check.failed} of {len(values)} {word}" if check.failed else "passed"
     limit = f"{prose(check.rule)} {_range(limits)}".strip()
     return f"| {prose(check.name.replace('_', ' '))} | {_range(values)} | {limit} | {result} |"
 

@@ -93,6 +93,8 @@ def run_command(
             f"recipe digest {result.recipe_digest[:16]}",
             err=True,
         )
+        if result.verdict:
+            click.echo(result.verdict, err=True)
     click.echo(result.folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,13 +64,14 @@ if TYPE_CHECKING:
 @click.option(
     "--clip", metavar="MODEL", help="CLIP model to measure edits with: a folder or org/name."
 )
+@click.option("--strict", is_flag=True, help="Exit 9 for a warning too, such as for noise.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--target-weights",
     type=click.Path(path_type=Path),
     multiple=True,
     hidden=True,
-    help="The unmerged UNet's files, from which the report's chart is made.",
+    help="The unmerged UNet's files, to measure how far it moved and what it thinks of the edits.",
 )
 @json_option
 @common_options
@@ -83,6 +85,7 @@ def verify_command(
     compare_image_guidance_scale: float,
     no_cache: bool,
     clip: str | None,
+    strict: bool,
     device: str,
     target_weights: tuple[Path, ...],
     as_json: bool,
@@ -92,9 +95,9 @@ def verify_command(
     Edits use the settings of the recipe in the folder and end in report.html, report.json and
     images/. The last line on stdout is the folder.
     """
-    if files and (edits or compare or clip):
+    if files and (edits or compare or clip or strict):
         raise click.UsageError(
-            "--files runs no edits, so --edits, --compare and --clip have no use"
+            "--files runs no edits, so --edits, --compare, --clip and --strict have no use"
         )
     bars = Bars(quiet=is_quiet())
     if files:
@@ -125,6 +128,7 @@ def verify_command(
             compare=options,
             clip=clip,
             target_weights=target_weights,
+            strict=strict,
             on_edit=lambda done, total: bars("verify", done, total),
         )
     except VerificationError:
@@ -136,7 +140,16 @@ def verify_command(
     if as_json:
         click.echo(report.read_text(encoding="utf-8"), nl=False)
     else:
+        _print_verdict(report)
         click.echo(folder)
+
+
+def _print_verdict(report: Path) -> None:
+    """Say what the checks prove, and what they do not."""
+    if not is_quiet():
+        tree = json.loads(report.read_text(encoding="utf-8"))
+        for line in filter(None, (tree["verdict"], tree["not_judged"])):
+            click.echo(line, err=True)
 
 
 def _verify_files(folder: Path, bars: Bars, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from merge.publication.scan import scan
 from merge.sources.store import is_inside
 from merge.verify.files import verify_files
 
+_LOG = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REPORT = "report.json"
 # Beside the reproducible set.
@@ -141,6 +143,9 @@ def _check_report(folder: Path, manifest: Mapping[str, Any]) -> None:
     digest = summary.get("recipe_digest") if isinstance(summary, dict) else None
     if digest != manifest.get("recipe_digest"):
         raise PublishError(f"{path} is the report of another merge", hint=hint)
+    warnings = report.get("warnings")
+    for text in warnings if isinstance(warnings, list) else []:
+        _LOG.warning("the verification of %s warns: %s", folder, text)
 
 
 def _choose(folder: Path, manifest: Mapping[str, Any], only: str | None) -> list[str]:

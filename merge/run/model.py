@@ -23,7 +23,8 @@ class RunResult:
         recipe_digest: 64 hexadecimal digits.
         files: Every file of the reproducible set but the manifest.
         seconds: Wall time per stage.
-        verified: True when the closing edits ran and passed; None when there were none.
+        verified: True when the closing edits ran and no check failed; None when there were none.
+        verdict: What they prove, and a line on what they do not; empty when there were none.
     """
 
     folder: Path
@@ -32,3 +33,4 @@ class RunResult:
     files: Mapping[str, FileRecord]
     seconds: Mapping[str, float]
     verified: bool | None
+    verdict: str = ""

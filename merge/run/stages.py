@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import shlex
@@ -11,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge._version import __version__
 from merge.card import CARD_NAME, draft_card
@@ -39,12 +41,16 @@ from merge.run.checkpoints import (
     write_single_file,
 )
 from merge.run.closing import check_pictures, verify_output
+from merge.run.doubts import tell_doubts, tell_verdict
 from merge.run.inputs import InputFile, check_digest, digest_inputs, tell_links
 from merge.run.merging import MergedFiles, merge_components
 from merge.run.model import Progress, RunResult
 from merge.run.record import RUN_NAME, local_inputs, run_record
 from merge.sources import SourceFile, Sources, fetch_sources, resolve_sources
 from merge.writer import Journal, OutputFolder, refuse_overlap, write_atomically
+
+if TYPE_CHECKING:
+    from merge.engine import Origin
 
 _LOG = logging.getLogger(__name__)
 
@@ -98,6 +104,7 @@ class _Run:
     on_progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
     _pinned: bytes = b""
+    _origins: tuple[Origin, ...] = ()
 
     def run(
         self, device: str, threads: int | None, overwrite: bool, resume: bool, verify: bool
@@ -124,6 +131,7 @@ class _Run:
         for warning in plan.warnings:
             _LOG.warning("%s", warning)
         folder.check_space(plan.write_bytes)
+        self._origins = tell_doubts(self.recipe, plan)
         self._lap("plan", mark)
         try:
             with folder, folder.told_of_others():
@@ -136,7 +144,8 @@ class _Run:
             write_atomically(self.lock_path, self._pinned)
         self._lap("total", started)
         verified = self._verify(sources, device) if verify else None
-        return RunResult(self.final, plan, digest, files, self.seconds, verified)
+        verdict = tell_verdict(self.final) if verified else ""
+        return RunResult(self.final, plan, digest, files, self.seconds, verified, verdict)
 
     def _resolve(self) -> Sources:
         if self.lock is not None:
@@ -253,6 +262,7 @@ class _Run:
         self._lap("records", mark)
         run = run_record(plan, self.seconds, merged.device, merged.workers)
         run["inputs"] = local_inputs(sources, self.final)
+        run["origins"] = [dataclasses.asdict(origin) for origin in self._origins]
         folder.write_file(RUN_NAME, json_bytes(run))
         folder.write_file(CARD_NAME, draft_card(folder.partial).encode())
         if self.lock_path is not None:

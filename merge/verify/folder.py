@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from merge.card import refresh_card
 from merge.editor import Editor, EditSettings, load_editor, load_image
 from merge.editor import edit as edit_picture
+from merge.editor.vae import encode_pictures
 from merge.errors import VerificationError
 from merge.manifest import LOCK_NAME, read_locked_recipe, read_manifest
 from merge.verify.checks import (
@@ -23,7 +25,6 @@ from merge.verify.checks import (
     check_expected,
     check_repeat,
     check_weights,
-    describe_failures,
     make_check,
 )
 from merge.verify.clip import ClipScorer, find_clip
@@ -36,9 +37,17 @@ from merge.verify.metrics import SSIM_HINT, has_ssim, measure_pair
 from merge.verify.model import Check, CompareOptions, Edit, EditRow, Picture
 from merge.verify.ownership import refuse_foreign
 from merge.verify.page import render_page
+from merge.verify.record import check_record, read_run
 from merge.verify.report import IMAGES_NAME, PAGE_NAME, Report, write_report
+from merge.verify.residual import Sample, make_sample, noise_left
 from merge.verify.roundtrip import round_trip
-from merge.verify.weights import WeightsMeasured, measure_weights, unet_weights
+from merge.verify.verdict import describe, failures, warnings
+from merge.verify.weights import (
+    WeightsMeasured,
+    load_weights,
+    measure_weights,
+    unet_weights,
+)
 from merge.workers import Workers
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +61,7 @@ def verify_folder(
     compare: CompareOptions | None = None,
     clip: str | None = None,
     target_weights: Sequence[Path] = (),
+    strict: bool = False,
     on_edit: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Run edits with the settings of the folder's recipe, check them, write the report.
@@ -65,15 +75,17 @@ def verify_folder(
         device: As for `load_editor`.
         compare: Show pictures of this model beside them.
         clip: Folder or Hub id of a CLIP model to measure the edits with.
-        target_weights: The unmerged UNet's files, to measure how far each block moved; those of
-            `compare` when empty.
+        target_weights: The unmerged UNet's files, to measure how far each block moved and what
+            the target thinks of the pictures; those of `compare` when empty.
+        strict: Take a check that only warns for one that fails.
         on_edit: Called with the number of finished pictures and of all.
 
     Returns:
         The path of `report.json`.
 
     Raises:
-        VerificationError: a check failed; the message names each with value and limit.
+        VerificationError: a check failed, or warned and `strict`; the message names each with
+            value and limit.
         SourceError: the folder is no pipeline, or a picture or another model is not there.
         OutputError: the report cannot be written, or would replace one that is not ours.
     """
@@ -86,14 +98,14 @@ def verify_folder(
             target_weights = target_weights or comparison.target.weights
         background = stack.enter_context(_Background(job, target_weights))
         progress = _Progress(on_edit, job, comparison is not None)
-        edited = _edit_all(job, device, progress)
+        edited = _edit_all(job, device, target_weights, progress)
         free_memory()
         rows = edited.rows
         if comparison is not None:
             rows = comparison.run(rows, edited.settings, device, edited.device, progress.step)
             free_memory()
         rows = _measure(rows, clip, edited.torch_device)
-        checks = [*background.checks(), *edited.checks]
+        checks = [*background.checks(), *check_record(job.recipe, job.run), *edited.checks]
         report = Report(
             name=str(job.recipe.get("name") or job.folder.resolve().name),
             recipe=job.recipe,
@@ -111,14 +123,29 @@ def verify_folder(
         )
     path = write_report(job.folder, report, render_page(report))
     refresh_card(job.folder)
-    if report.failed:
-        raise VerificationError(
-            f"the merged model in {folder} fails {len(report.failed)} of {len(checks)} checks:\n"
-            f"{describe_failures(checks)}",
-            hint=f"see {path.with_name(PAGE_NAME)} and {job.folder / IMAGES_NAME}; a smaller "
-            "weight may help",
-        )
+    _judge(report, path, strict)
     return path
+
+
+def _judge(report: Report, path: Path, strict: bool) -> None:
+    """Raise for what failed, and tell what warns."""
+    folder, total = path.parent, len(report.checks)
+    failed, warned = failures(report.checks), warnings(report.checks)
+    hint = f"see {path.with_name(PAGE_NAME)} and {folder / IMAGES_NAME}"
+    if failed:
+        lines = "".join(f"\n  {line}" for line in describe((*failed, *warned)))
+        raise VerificationError(
+            f"the merged model in {folder} fails {len(failed)} of {total} checks:{lines}",
+            hint=f"{hint}; a smaller weight may help",
+        )
+    if warned and strict:
+        lines = "".join(f"\n  {line}" for line in describe(warned))
+        raise VerificationError(
+            f"the merged model in {folder} has {len(warned)} warnings of {total} checks:{lines}",
+            hint=f"{hint}; without --strict they are no failure",
+        )
+    for line in describe(warned):
+        _LOG.warning("%s", line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +156,7 @@ class _Job:
     recipe: Mapping[str, Any]
     recipe_text: str
     recipe_digest: str
+    run: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     settings: EditSettings
     todo: tuple[tuple[Edit, int], ...]
@@ -209,6 +237,7 @@ def _prepare(folder: Path, edits: Sequence[Edit]) -> _Job:
         recipe=recipe,
         recipe_text=text,
         recipe_digest=str(manifest.get("recipe_digest") or ""),
+        run=read_run(folder),
         files=manifest.get("files", {}),
         settings=_settings(verify),
         todo=todo,
@@ -225,7 +254,9 @@ def _settings(verify: Mapping[str, Any]) -> EditSettings:
     return EditSettings(**given)
 
 
-def _edit_all(job: _Job, device: str, progress: _Progress) -> _Edited:
+def _edit_all(
+    job: _Job, device: str, target_weights: Sequence[Path], progress: _Progress
+) -> _Edited:
     """Run every edit; the model is gone when this returns and memory is freed."""
     editor = load_editor(job.folder, device=device)
     settings = job.settings
@@ -235,20 +266,34 @@ def _edit_all(job: _Job, device: str, progress: _Progress) -> _Edited:
         _LOG.warning("%s", line)
     rows: list[EditRow] = []
     checks: list[Check] = []
+    samples: list[Sample] = []
     for index, (edit, seed) in enumerate(job.todo):
-        row, found = _edit_one(editor, job, index, edit, dataclasses.replace(settings, seed=seed))
+        chosen = dataclasses.replace(settings, seed=seed)
+        row, found, sample = _edit_one(editor, job, index, edit, chosen)
         rows.append(row)
         checks += found
+        samples.append(sample)
         progress.step()
         if index == 0:
             progress.step()
     dtype = str(editor.pipeline.unet.dtype).removeprefix("torch.")
+    checks += _noise_checks(editor, samples, target_weights)
     return _Edited(rows, checks, settings, f"{editor.device.type} {dtype}", editor.device)
+
+
+def _noise_checks(
+    editor: Editor, samples: Sequence[Sample], target_weights: Sequence[Path]
+) -> list[Check]:
+    """Measure what noise the merged UNet leaves, and then the target's, which takes its place."""
+    found = {"noise_left": noise_left(editor, samples)}
+    if target_weights and load_weights(editor.pipeline.unet, target_weights):
+        found["noise_left_by_target"] = noise_left(editor, samples)
+    return [make_check(name, value) for name, value in found.items() if value is not None]
 
 
 def _edit_one(
     editor: Editor, job: _Job, index: int, edit: Edit, settings: EditSettings
-) -> tuple[EditRow, list[Check]]:
+) -> tuple[EditRow, list[Check], Sample]:
     assert settings.resolution is not None
     picture = (
         draw_picture(edit.drawing, settings.resolution)
@@ -260,7 +305,9 @@ def _edit_one(
     if index == 0:
         again = edit_picture(editor, picture, edit.instruction, settings)
         checks.append(check_repeat(result, again))
-    checks += check_edit(index, result, round_trip(editor, result.source))
+    with torch.inference_mode():
+        image_latents = encode_pictures(editor, [result.source])
+    checks += check_edit(index, result, round_trip(editor, result.source, image_latents))
     merged = Picture(
         result.to_pil(),
         result.settings,
@@ -274,7 +321,7 @@ def _edit_one(
         check, nearest = check_expected(index, merged.image, known, edit.expected_limit)
         checks.append(check)
         row = dataclasses.replace(row, expected=nearest)
-    return row, checks
+    return row, checks, make_sample(editor, result, edit.instruction, image_latents)
 
 
 def _of_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:

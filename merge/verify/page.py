@@ -19,6 +19,7 @@ from merge._version import __version__
 from merge.verify.checks import CHECKS, CheckKind
 from merge.verify.model import BlockNorm, Check, EditRow, Picture
 from merge.verify.report import Report, mean
+from merge.verify.verdict import not_judged, verdict
 
 _FOLDER = Path(__file__).parent
 _TINY_PIXELS = 128  # of the longer side: enlarged without smoothing up to here
@@ -27,6 +28,7 @@ _PNG_BUDGET_BYTES = 3_000_000  # of all pictures; above it only tiny ones stay l
 _QUALITY = 90
 _SHOWN_DETAILS = 5
 _SHOWN_FAILURES = 6
+_RESULTS = {"judged": "failed", "warned": "warned"}
 # Between a number and its unit.
 _GAP = "\N{NO-BREAK SPACE}"
 
@@ -82,15 +84,16 @@ def _source(text: str) -> str:
 
 
 def _view(report: Report) -> dict[str, Any]:
-    failed, total = len(report.failed), len(report.checks)
     embed = _Embedder(report.rows)
     return {
         "name": report.name,
         "version": __version__,
         "formula": _formula(report),
-        "passed": not failed,
-        "verdict": f"{failed} of {total} checks failed" if failed else f"All {total} checks passed",
-        "failures": _failures(report),
+        "outcome": _outcome(report),
+        "verdict": verdict(report.checks),
+        "not_judged": not_judged(report.checks),
+        "failures": _lines(report, report.failed),
+        "warnings": _lines(report, report.warned),
         "facts": _facts(report),
         "edits": [_edit(report, index, row, embed) for index, row in enumerate(report.rows)],
         "checks": _checks(report.checks),
@@ -99,6 +102,13 @@ def _view(report: Report) -> dict[str, Any]:
         "digest": report.recipe_digest,
         "notes": report.notes,
     }
+
+
+def _outcome(report: Report) -> str:
+    """Return `failed`, `warned` or `passed`, which is also the class of the style."""
+    if report.failed:
+        return "failed"
+    return "warned" if report.warned else "passed"
 
 
 def _formula(report: Report) -> str:
@@ -232,7 +242,7 @@ def _checks(checks: Iterable[Check]) -> list[dict[str, Any]]:
                 "meaning": f"{kind.meaning}{count}",
                 "value": _number(worst.value),
                 "limit": _limit(kind, worst),
-                "passed": worst.passed,
+                "result": "passed" if worst.passed else _RESULTS[kind.severity],
             }
         )
     return rows
@@ -244,9 +254,9 @@ def _limit(kind: CheckKind, check: Check) -> str:
     return f"{'≥' if kind.at_least else '≤'} {_number(check.limit)}"
 
 
-def _failures(report: Report) -> list[str]:
+def _lines(report: Report, checks: Sequence[Check]) -> list[str]:
     lines = []
-    for check in report.failed:
+    for check in checks:
         instruction = "" if check.edit is None else report.rows[check.edit].edit.instruction
         lines.append(f"{instruction + ' – ' if instruction else ''}{_failure(check)}")
     hidden = len(lines) - _SHOWN_FAILURES
@@ -255,7 +265,8 @@ def _failures(report: Report) -> list[str]:
 
 def _failure(check: Check) -> str:
     kind = CHECKS[check.name]
-    text = f"{kind.title}: measured {_number(check.value)}, limit {_limit(kind, check)}."
+    doubt = f"{kind.doubt[0].upper()}{kind.doubt[1:]}. " if kind.doubt else ""
+    text = f"{doubt}{kind.title}: measured {_number(check.value)}, limit {_limit(kind, check)}."
     shown = "; ".join(check.detail[:_SHOWN_DETAILS])
     hidden = len(check.detail) - _SHOWN_DETAILS
     more = f"; and {hidden} more" if hidden > 0 else ""

@@ -15,6 +15,7 @@ from merge.editor import EditSettings, save_png
 from merge.manifest import json_bytes
 from merge.verify.checks import CHECKS
 from merge.verify.model import BlockNorm, Check, CompareOptions, EditRow, Target
+from merge.verify.verdict import describe, failures, not_judged, verdict, warnings
 from merge.writer.tensors import write_error
 
 REPORT_NAME = "report.json"
@@ -61,8 +62,13 @@ class Report:
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """Return the checks that did not pass."""
-        return tuple(check for check in self.checks if not check.passed)
+        """Return the checks that did not pass and fail the model."""
+        return failures(self.checks)
+
+    @property
+    def warned(self) -> tuple[Check, ...]:
+        """Return the checks that did not pass and only warn."""
+        return warnings(self.checks)
 
 
 def write_report(folder: Path, report: Report, page: str) -> Path:
@@ -124,6 +130,9 @@ def report_tree(report: Report) -> dict[str, Any]:
         "schema_version": REPORT_VERSION,
         "tool": {"name": "instruct-merge", "version": __version__},
         "passed": not report.failed,
+        "warnings": describe(report.warned),
+        "verdict": verdict(report.checks),
+        "not_judged": not_judged(report.checks),
         "summary": _summary(report),
         "checks": [_check_tree(check) for check in report.checks],
         "edits": [_row_tree(index, row) for index, row in enumerate(report.rows)],
@@ -147,6 +156,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "unet_rows": mean([picture.unet_rows for picture in merged]),
         "time_s": round(mean([picture.seconds for picture in merged]), 3),
         "checks_failed": len(report.failed),
+        "checks_warned": len(report.warned),
         "checks_total": len(report.checks),
     }
 
@@ -163,6 +173,7 @@ def _check_tree(check: Check) -> dict[str, Any]:
         "limit": check.limit,
         "rule": "at least" if CHECKS[check.name].at_least else "at most",
         "passed": check.passed,
+        "severity": CHECKS[check.name].severity,
         "edit": check.edit,
         "detail": list(check.detail),
     }

@@ -10,15 +10,19 @@ from merge.editor import Editor
 from merge.editor.vae import encode_pictures
 
 
-def round_trip(editor: Editor, image: Image.Image) -> Image.Image:
+def round_trip(
+    editor: Editor, image: Image.Image, latents: torch.Tensor | None = None
+) -> Image.Image:
     """Encode a picture and decode it again: what an edit that changes nothing gives.
 
     Args:
         editor: Whose VAE is used.
         image: RGB, of a size that the model takes.
+        latents: Of the picture, where it is encoded already.
     """
     with torch.inference_mode():
-        latents = encode_pictures(editor, [image])
+        if latents is None:
+            latents = encode_pictures(editor, [image])
         decoded = editor.pipeline.vae.decode(latents, return_dict=False)[0][0]
         values = (decoded.float() * 0.5 + 0.5).permute(1, 2, 0).cpu().numpy()
     values = np.nan_to_num(values, nan=0.0).clip(0, 1)

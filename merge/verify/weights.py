@@ -97,6 +97,36 @@ def measure_weights(
     return WeightsMeasured(non_finite, _blocks(squares) if theirs is not None else ())
 
 
+def load_weights(module: torch.nn.Module, files: Sequence[Path]) -> bool:
+    """Put the tensors of files in place of a module's own, one at a time.
+
+    Another model of the same shapes then needs no memory of its own.
+
+    Args:
+        module: A loaded UNet.
+        files: Weight files.
+
+    Returns:
+        False, and the module is as it was, when keys or shapes are others.
+
+    Raises:
+        CheckpointError: a file breaks its format.
+    """
+    checkpoint = read_checkpoint(files, allow_pickle=True)
+    state = module.state_dict()
+    fits = checkpoint.shapes == {key: tuple(value.shape) for key, value in state.items()} and all(
+        spec.dtype in _DTYPES for _, spec in checkpoint.tensors.values()
+    )
+    if not fits:
+        return False
+    with ExitStack() as stack, torch.no_grad():
+        readers = [stack.enter_context(FileReader(file.path)) for file in checkpoint.files]
+        for key, (index, spec) in checkpoint.tensors.items():
+            values = _read(readers[index], spec, 0, spec.element_count)
+            state[key].copy_(values.view(spec.shape))
+    return True
+
+
 def block_of(key: str) -> str:
     """Return the block of the UNet that a tensor belongs to, e.g. `down_blocks.0`."""
     parts = key.split(".")

@@ -1,0 +1,51 @@
+"""What a run and its recipe tell about a merge, as checks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merge.verify.checks import make_check
+from merge.verify.model import Check
+
+_RUN_NAME = "run.json"
+
+
+def read_run(folder: Path) -> Mapping[str, Any]:
+    """Return a folder's `run.json`; empty where it is missing or broken."""
+    try:
+        tree = json.loads((folder / _RUN_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def check_record(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> list[Check]:
+    """Check a merge's weight, and which of its parents the target descends from.
+
+    Args:
+        recipe: Of the lock; empty without one.
+        run: Of `run.json`; `origins` are `merge.engine.Origin`s.
+    """
+    checks = []
+    weight = _number(recipe, "weight")
+    if weight is not None:
+        checks.append(make_check("weight_not_negative", weight))
+    origins = run.get("origins")
+    for origin in origins if isinstance(origins, list) else []:
+        base, distilled = (_number(origin, name) for name in ("to_base", "to_distilled"))
+        if base is not None and distilled is not None:
+            detail = [str(origin["role"])] if origin.get("role") else []
+            checks.append(make_check("base_is_nearer", base, limit=distilled, detail=detail))
+    return checks
+
+
+def _number(tree: Any, name: str) -> float | None:
+    """Return a finite number of a table that anybody can have written to."""
+    value = tree.get(name) if isinstance(tree, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
