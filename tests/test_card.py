@@ -331,7 +331,7 @@ def test_pictures_and_checks_are_the_reports(folder: Path) -> None:
     settings = "6 steps, guidance 1.75, image guidance 1, 640 px, seed 3"
     assert [row[2] for row in rows] == [f"make it {index}: {settings}" for index in range(6)]
     assert all((folder / name).is_file() for row in rows for name in row[:2])
-    assert "**Passed**: all 2 checks" in text
+    assert "**Passed**: 2 checks passed (`report.json`" in text
     assert "| not black | 0.5 to 1 | at least 0.05 | passed |" in text
     assert "- no CLIP model" in text
     (folder / "images" / "00-3-merged.png").unlink()

@@ -272,7 +272,10 @@ def test_lora_agrees_with_peft(tiny_sd15: Path, tmp_path: Path, lora: str) -> No
 def test_the_report_of_the_closing_edit(exported: Path) -> None:
     report = json.loads((exported / "report.json").read_text())
     assert report["passed"] is True
-    assert {check["passed"] for check in report["checks"]} == {True}
+    # Of random weights: nothing fails, and what it paints looks like noise.
+    failed = {check["name"] for check in report["checks"] if not check["passed"]}
+    assert failed == {"noise_left", "noise_left_by_target"}
+    assert len(report["warnings"]) == 2
     assert [edit["image"] for edit in report["edits"]] == ["house", "boat", "apple"]
     edit = report["edits"][0]
     assert set(edit) >= {

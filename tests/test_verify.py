@@ -101,8 +101,9 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def failed_names(folder: Path) -> set[str]:
-    return {check["name"] for check in read_report(folder)["checks"] if not check["passed"]}
+def failed_names(folder: Path, severity: str = "judged") -> set[str]:
+    checks = read_report(folder)["checks"]
+    return {c["name"] for c in checks if not c["passed"] and c["severity"] == severity}
 
 
 def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]) -> None:
@@ -121,19 +122,30 @@ def test_a_good_folder_passes_every_check(export: Path) -> None:
     assert report["schema_version"] == 1
     assert report["passed"] is True
     whole = [check["name"] for check in report["checks"] if check["edit"] is None]
-    assert whole == ["files_as_recorded", "weights_finite", "deterministic"]
+    assert whole == [
+        *("files_as_recorded", "weights_finite", "weight_not_negative", "base_is_nearer"),
+        *("deterministic", "noise_left"),
+    ]
     for index in range(3):
         names = [check["name"] for check in report["checks"] if check["edit"] == index]
         expected = ["latents_finite", "picture_finite", "not_black", "not_constant"]
         assert names == [*expected, "not_the_source"]
-    assert set(CHECKS) == {check["name"] for check in report["checks"]} | {"as_expected"}
+    assert set(CHECKS) == {check["name"] for check in report["checks"]} | {
+        *("as_expected", "noise_left_by_target"),
+    }
+    # Of random weights, so there is one thing to warn of.
+    assert failed_names(export, "warned") == {"noise_left"}
     for check in report["checks"]:
+        if check["name"] == "noise_left":
+            continue
         assert check["passed"] is True
         better = (check["value"], check["limit"])
         assert min(better) == check["limit" if check["rule"] == "at least" else "value"]
     assert report["summary"]["steps"] == 2
     assert report["summary"]["unet_rows"] == 4
-    assert report["summary"]["checks_total"] == 18
+    assert report["summary"]["checks_total"] == 21
+    assert report["summary"]["checks_failed"] == 0
+    assert report["summary"]["checks_warned"] == 1
     assert report["summary"]["device"] == "cpu float32"
 
 
@@ -213,7 +225,8 @@ def test_a_nan_weight_fails_on_the_command_line(export: Path, tmp_path: Path) ->
     assert child.returncode == 9, child.stderr
     assert child.stdout == ""
     first, *lines, hint = child.stderr.splitlines()
-    assert first == f"error: the merged model in {export} fails {len(lines)} of 8 checks:"
+    # Nothing is finite here, so no noise was measured.
+    assert first == f"error: the merged model in {export} fails {len(lines)} of 10 checks:"
     key = "mid_block.resnets.0.conv1.weight"
     assert f"  weights_finite is 2 and must be at most 0 ({key} (2))" in lines
     assert "  latents_finite of edit 0 is 256 and must be at most 0" in lines
@@ -928,7 +941,7 @@ def test_run_fails_when_the_result_is_not_as_expected(
     path = write_recipe(tmp_path, tiny_sd15, edits=[edit])
     code, out, err = call(capsys, "run", path, "--out", tmp_path / "out", "--device", "cpu")
     assert (code, out) == (9, "")
-    assert re.search(r"^error: .* fails 1 of 9 checks:\n  as_expected of edit 0 is 0\.\d+ ", err)
+    assert re.search(r"^error: .* fails 1 of 13 checks:\n  as_expected of edit 0 is 0\.\d+ ", err)
     assert "must be at most 0.1\nhint: " in err
     assert read_report(tmp_path / "out")["passed"] is False
 

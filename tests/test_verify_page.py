@@ -70,7 +70,8 @@ class Page(HTMLParser):
 def test_a_page_says_what_there_is_to_say() -> None:
     page = Page(render_page(make_report(compared=True)))
     for words in (
-        "All 8 checks passed",
+        "8 checks passed: files as recorded, finite, not blank, changes pictures",
+        "Not judged: whether the edits are what was asked for.",
         "org/target + 0.5 × (org/distilled − base)",
         "make it winter",
         "a house on a green hill on a sunny day",
@@ -145,7 +146,7 @@ def test_a_failed_page_names_every_failure() -> None:
     ]
     page = Page(render_page(dataclasses.replace(report, checks=(*report.checks, *failed))))
     assert "2 of 10 checks failed" in page.text
-    assert "All" not in page.text
+    assert "passed:" not in page.text
     assert "Files are as recorded: measured 7, limit 0. file0 0123456789ab…" in page.text
     assert "file4" in page.text
     assert "and 2 more" in page.text
@@ -257,12 +258,15 @@ def test_a_page_stays_small() -> None:
 
 def test_every_check_says_what_it_measures() -> None:
     assert list(CHECKS) == [
-        *("files_as_recorded", "weights_finite", "deterministic", "latents_finite"),
-        *("picture_finite", "not_black", "not_constant", "not_the_source", "as_expected"),
+        *("files_as_recorded", "weights_finite", "weight_not_negative", "base_is_nearer"),
+        *("deterministic", "latents_finite", "picture_finite", "not_black", "not_constant"),
+        *("not_the_source", "noise_left", "noise_left_by_target", "as_expected"),
     ]
     for kind in CHECKS.values():
         assert kind.title[0].isupper()
         assert kind.meaning
+        # A check says what it proves, unless it only warns of a sign.
+        assert kind.proof or kind.doubt
 
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:

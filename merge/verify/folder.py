@@ -133,7 +133,7 @@ def _judge(report: Report, path: Path, strict: bool) -> None:
     failed, warned = failures(report.checks), warnings(report.checks)
     hint = f"see {path.with_name(PAGE_NAME)} and {folder / IMAGES_NAME}"
     if failed:
-        lines = "".join(f"\n  {line}" for line in describe((*failed, *warned)))
+        lines = "".join(f"\n  {line}" for line in describe(failed))
         raise VerificationError(
             f"the merged model in {folder} fails {len(failed)} of {total} checks:{lines}",
             hint=f"{hint}; a smaller weight may help",
@@ -141,7 +141,8 @@ def _judge(report: Report, path: Path, strict: bool) -> None:
     if warned and strict:
         lines = "".join(f"\n  {line}" for line in describe(warned))
         raise VerificationError(
-            f"the merged model in {folder} has {len(warned)} warnings of {total} checks:{lines}",
+            f"the merged model in {folder} has {len(warned)} "
+            f"warning{'s' * (len(warned) != 1)} of {total} checks:{lines}",
             hint=f"{hint}; without --strict they are no failure",
         )
     for line in describe(warned):
