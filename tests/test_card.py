@@ -351,6 +351,33 @@ def test_a_failed_report_says_so(folder: Path) -> None:
     assert "Not verified by an edit" in render_card(folder)
 
 
+def test_a_report_with_warnings_says_so(folder: Path) -> None:
+    def warn(report: dict[str, Any]) -> None:
+        report["verdict"] = "2 of 3 checks passed, with a warning: pictures look like noise"
+        report["not_judged"] = "Not judged: whether the edits are what was asked for."
+        report["warnings"] = ["noise_left is 0.9 and must be at most 0.5 <b>"]
+        noise = {"name": "noise_left", "value": 0.9, "limit": 0.5, "rule": "at most"}
+        report["checks"].append({**noise, "passed": False, "severity": "warned"})
+
+    change(folder, "report.json", warn)
+    text = render_card(folder)
+    said = "2 of 3 checks passed, with a warning: pictures look like noise"
+    assert f"**Warning**: {said} (`report.json`, `report.html`)." in text
+    assert "Not judged: whether the edits are what was asked for.\n" in text
+    assert "- Warning: noise&#95;left is" in text
+    assert "<b>" not in text
+    assert "| noise left | 0.9 | at most 0.5 | 1 of 1 warned |" in text
+    assert "**Passed**" not in text
+
+
+@pytest.mark.parametrize("evil", ["<img src=x>", "see https://evil.example", "a\n# b", "[a](b)"])
+def test_a_verdict_that_somebody_wrote_is_no_markup(folder: Path, evil: str) -> None:
+    change(folder, "report.json", lambda report: report.update(verdict=evil, not_judged=evil))
+    text = render_card(folder)
+    assert evil not in text
+    assert "\n# b" not in text
+
+
 def test_notes_of_a_licence_stand_beside_their_parents(folder: Path) -> None:
     licence = CardLicence("openrail++", notes=("org/few-step: no commercial use", "pass it on"))
     text = render_card(folder, licence=licence)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe
 from merge.card import CARD_MARKER
-from merge.errors import PublishError
+from merge.errors import CheckpointError, PublishError
 from merge.manifest import json_bytes
 from merge.provenance import build_provenance
 from merge.publication import prepare
@@ -360,6 +360,23 @@ def test_a_dry_run_lists_every_file_and_the_card_and_writes_nothing(export: Path
 
 
 # The upload ------------------------------------------------------------------------------------
+
+
+def test_warnings_of_the_verification_are_told(
+    export: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Of random weights, as every model here.
+    with caplog.at_level("WARNING", logger="merge"):
+        prepared = prepare(export, "org/x", license=LICENSE)
+    told = [line for line in caplog.messages if "the verification of" in line]
+    assert len(told) == 2
+    assert told[0].startswith(f"the verification of {export} warns: noise_left is ")
+    assert "**Warning**: " in prepared.card
+    report = json.loads((export / "report.json").read_text())
+    caplog.clear()
+    (export / "report.json").write_text(json.dumps({**report, "warnings": "x"}))
+    with pytest.raises(CheckpointError, match="warnings is not a list"):
+        prepare(export, "org/x", license=LICENSE)
 
 
 @pytest.fixture

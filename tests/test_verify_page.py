@@ -157,6 +157,39 @@ def test_a_failed_page_names_every_failure() -> None:
     assert "worst of 4 edits 0.001 ≥ 0.05 failed" in page.text
 
 
+def test_a_page_with_a_warning_is_not_green() -> None:
+    good = make_report()
+    style = '<p class="verdict passed"'
+    assert style in render_page(good)
+    noise = make_check("noise_left", 0.97)
+    text = render_page(dataclasses.replace(good, checks=(*good.checks, noise)))
+    page = Page(text)
+    assert style not in text
+    assert 'class="verdict warned"' in text
+    assert page.text.startswith("tiny – warned ")
+    assert "8 of 9 checks passed, with a warning: pictures look like noise" in page.text
+    line = "Pictures look like noise. Removes noise: measured 0.97, limit ≤ 0.5."
+    assert page.text.count(line) == 1
+    assert "leaves in its own pictures 0.97 ≤ 0.5 warned" in page.text
+    # What fails is said first, and decides the colour.
+    failed = make_check("not_black", 0.001, edit=1)
+    text = render_page(dataclasses.replace(good, checks=(*good.checks, noise, failed)))
+    assert 'class="verdict failed"' in text
+    page = Page(text)
+    assert "1 of 10 checks failed" in page.text
+    assert page.text.index("Not black: measured") < page.text.index(line)
+
+
+def test_a_page_says_which_edits_were_not_judged() -> None:
+    good = make_report()
+    known = [make_check("as_expected", 0.01, edit=index, limit=0.1) for index in range(3)]
+    some = Page(render_page(dataclasses.replace(good, checks=(*good.checks, *known[:1]))))
+    assert "Not judged: whether 2 of 3 edits are what was asked for." in some.text
+    every = Page(render_page(dataclasses.replace(good, checks=(*good.checks, *known))))
+    assert "as expected" in every.text
+    assert "Not judged" not in every.text
+
+
 def report_of(word: str) -> Report:
     """Return a report that says one word wherever somebody else's words stand."""
     good = make_report(compared=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "verify outputs/demo",
         "verify outputs/demo --files",
+        "verify outputs/demo --strict",
         "verify outputs/mine --edits edits.yaml --compare timbrooks/instruct-pix2pix",
     ),
 )
