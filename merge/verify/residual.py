@@ -45,7 +45,7 @@ class Sample:
     """An edit that noise is added to.
 
     Attributes:
-        latents: What the edit ended in, `(1, 4, h, w)` float32 on the device.
+        latents: What the edit ended in, `(1, 4, h, w)` float32 on the CPU.
         conditions: The instruction and the source picture, one row.
     """
 
@@ -67,7 +67,7 @@ def make_sample(
     with torch.inference_mode():
         text = encode_texts(editor, [instruction])[0]
         conditions = make_conditions(editor, Rows.TEXT, [text], None, image_latents)
-        return Sample(editor.move(torch.from_numpy(result.latents)[None]), conditions)
+        return Sample(torch.from_numpy(result.latents)[None], conditions)
 
 
 def noise_left(editor: Editor, samples: Sequence[Sample]) -> float | None:
@@ -101,18 +101,19 @@ def _share(editor: Editor, sample: Sample, timestep: int, power: float, kind: st
     unet, conditions = editor.pipeline.unet, sample.conditions
     alpha, beta = math.sqrt(power), math.sqrt(1 - power)
     generator = torch.Generator("cpu").manual_seed(_SEED)
-    noise = editor.move(torch.randn(sample.latents.shape, generator=generator))
+    noise = torch.randn(sample.latents.shape, generator=generator)
     noisy = alpha * sample.latents + beta * noise
     added = None
     if conditions.pooled is not None:
         added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
     prediction = unet(
-        torch.cat([noisy.to(unet.dtype), conditions.image_latents.to(unet.dtype)], dim=1),
+        torch.cat([editor.move(noisy), conditions.image_latents], dim=1).to(unet.dtype),
         torch.tensor(timestep, device=editor.device),
         encoder_hidden_states=conditions.states,
         added_cond_kwargs=added,
         return_dict=False,
-    )[0].float()
+    )[0]
+    prediction = prediction.float().cpu()
     if kind == "epsilon":
         found = prediction
     elif kind == "v_prediction":
