@@ -26,26 +26,30 @@ class Origin:
         role: The distilled model.
         to_base: Norm of target minus base, over the norm of the target.
         to_distilled: Likewise.
+        position: Of the target on the way from base to distilled, 0 at base and 1 at distilled,
+            whatever it has besides.
         tensors: How many tensors the sample has pieces of.
     """
 
     role: str
     to_base: float
     to_distilled: float
+    position: float
     tensors: int
 
     @property
     def looks_swapped(self) -> bool:
-        """Return True when the target is nearer to distilled."""
-        return self.to_distilled < self.to_base
+        """Return True when the target is nearer to distilled, and not far beyond it too."""
+        return 0.5 < self.position < 1.5
 
 
 def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
     """Compare the target with both ends of every full delta.
 
     A distilled model is its base plus something, and a target that descends from the same base
-    went another way: the squares of both ways add up to its distance from distilled. A target
-    nearer to distilled than to base tells that the recipe has the two the wrong way round.
+    went another way: its position is near 0, and near 1 where the recipe has the two the wrong
+    way round. Half way both are as far from it. Past 1.5 it lies beyond distilled, which no
+    descent from either explains.
 
     It misleads where the target was itself made from the distilled model, where it comes from
     another base than the one that is named, and where it was trained towards the same thing as
@@ -59,6 +63,9 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
 
     Returns:
         One per distilled model, in recipe order; none where nothing can be compared.
+
+    Raises:
+        IntegrityError: an input changed since it was planned.
     """
     found = []
     roles = {term.role: term.index for tensor in plan.tensors for term in tensor.deltas}
@@ -73,17 +80,18 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
 
         for role in sorted(roles, key=lambda role: roles[role]):
             pairs = _sample(plan.tensors, role)
-            size = to_base = to_distilled = 0.0
+            sums = torch.zeros(4, dtype=torch.float64)
             for tensor, term in pairs:
-                target = read(tensor.target)
-                size += _squared_norm(target)
-                to_base += _squared_norm(target - read(term.base))
-                to_distilled += _squared_norm(target - read(term.distilled))
-            if size > 0 and all(map(math.isfinite, (size, to_base, to_distilled))):
-                base, distilled = (
-                    round(math.sqrt(square / size), 6) for square in (to_base, to_distilled)
-                )
-                found.append(Origin(role, base, distilled, len(pairs)))
+                sums += _products(read(tensor.target), read(term.base), read(term.distilled))
+            size, moved, distance, along = sums.tolist()
+            if size > 0 and distance > 0 and math.isfinite(sum((size, moved, distance, along))):
+                # The cosine rule: no second pass for the distance to distilled.
+                other = max(moved + distance - 2 * along, 0.0)
+                shares = (math.sqrt(moved / size), math.sqrt(other / size), along / distance)
+                base, distilled, position = (round(share, 6) for share in shares)
+                found.append(Origin(role, base, distilled, position, len(pairs)))
+        for index, reader in readers.items():
+            reader.check_unchanged(plan.files[index].stamp)
     return tuple(found)
 
 
@@ -112,5 +120,7 @@ def _read(reader: FileReader, ref: TensorRef) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=TORCH_DTYPES[ref.dtype]).double()
 
 
-def _squared_norm(values: torch.Tensor) -> float:
-    return float(values.square().sum())
+def _products(target: torch.Tensor, base: torch.Tensor, distilled: torch.Tensor) -> torch.Tensor:
+    """Return the squares of target, its move and the delta, and the product of the last two."""
+    move, delta = target - base, distilled - base
+    return torch.stack([target @ target, move @ move, delta @ delta, move @ delta])

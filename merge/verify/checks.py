@@ -25,7 +25,7 @@ class CheckKind:
     Attributes:
         title: For people.
         meaning: What the value is.
-        limit: Of the value; None where it is measured too, or each edit has its own.
+        limit: Of the value; None where each edit has its own.
         at_least: True when the value must reach the limit, False when it must not exceed it.
         proof: What is known once it passes, in a few words.
         doubt: What a value beyond the limit looks like, for a check that only warns.
@@ -64,8 +64,8 @@ CHECKS: Mapping[str, CheckKind] = {
     ),
     "base_is_nearer": CheckKind(
         "Target is nearer to base than to distilled",
-        "distance to base over the target's norm; the limit is that to distilled",
-        None,
+        "where the target lies on the way from base, 0, to distilled, 1",
+        0.5,
         doubt="base and distilled look swapped",
     ),
     "deterministic": CheckKind(
@@ -139,7 +139,7 @@ def make_check(
         name: A key of `CHECKS`.
         value: The measurement; NaN fails.
         edit: Index of the edit.
-        limit: Where the kind has none of its own.
+        limit: Where the kind has none.
         detail: Names of what is at fault.
     """
     kind = CHECKS[name]
