@@ -48,7 +48,8 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
 
     A distilled model is its base plus something, and a target that descends from the same base
     went another way: its position is near 0, and near 1 where the recipe has the two the wrong
-    way round. Half way both are as far from it. Past 1.5 it lies beyond distilled, which no
+    way round. Half way both are as far from it. The demo's is at 0.34 and a larger model's at 0.20,
+    since target and distilled of both were trained on the same pictures. Past 1.5 it lies beyond distilled, which no
     descent from either explains.
 
     It misleads where the target was itself made from the distilled model, where it comes from
