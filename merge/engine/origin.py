@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from merge.engine.buffers import TORCH_DTYPES
-from merge.plan.model import DeltaTerm, MergePlan, TensorPlan, TensorRef
+from merge.engine.buffers import TORCH_DTYPES, Buffers
+from merge.plan.model import DeltaTerm, MergePlan, TensorPlan
 from merge.reader import FileReader
 
 # 64 pieces of 65,536 values: at most 48 MiB of three float32 models, and one piece at a time.
@@ -49,8 +49,8 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
     A distilled model is its base plus something, and a target that descends from the same base
     went another way: its position is near 0, and near 1 where the recipe has the two the wrong
     way round. Half way both are as far from it. The demo's is at 0.34 and a larger model's at 0.20,
-    since target and distilled of both were trained on the same pictures. Past 1.5 it lies beyond distilled, which no
-    descent from either explains.
+    since target and distilled of both were trained on the same pictures. Past 1.5 it lies beyond
+    distilled, which no descent from either explains.
 
     It misleads where the target was itself made from the distilled model, where it comes from
     another base than the one that is named, and where it was trained towards the same thing as
@@ -71,19 +71,15 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
     found = []
     roles = {term.role: term.index for tensor in plan.tensors for term in tensor.deltas}
     with ExitStack() as stack:
-        readers: dict[int, FileReader] = {}
-
-        def read(ref: TensorRef) -> torch.Tensor:
-            if ref.file not in readers:
-                file = plan.files[ref.file]
-                readers[ref.file] = stack.enter_context(FileReader(file.path, file.stamp))
-            return _read(readers[ref.file], ref)
-
+        readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
+        buffers = Buffers(readers, torch.device("cpu"), _VALUES)
         for role in sorted(roles, key=lambda role: roles[role]):
             pairs = _sample(plan.tensors, role)
             sums = torch.zeros(4, dtype=torch.float64)
             for tensor, term in pairs:
-                sums += _products(read(tensor.target), read(term.base), read(term.distilled))
+                refs = (tensor.target, term.base, term.distilled)
+                count = min(tensor.target.element_count, _VALUES)
+                sums += _products(*(buffers.read_float(ref, 0, count, 0).double() for ref in refs))
             size, moved, distance, along = sums.tolist()
             if size > 0 and distance > 0 and math.isfinite(sum((size, moved, distance, along))):
                 # The cosine rule: no second pass for the distance to distilled.
@@ -91,8 +87,8 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
                 shares = (math.sqrt(moved / size), math.sqrt(other / size), along / distance)
                 base, distilled, position = (round(share, 6) for share in shares)
                 found.append(Origin(role, base, distilled, position, len(pairs)))
-        for index, reader in readers.items():
-            reader.check_unchanged(plan.files[index].stamp)
+        for reader, file in zip(readers, plan.files, strict=True):
+            reader.check_unchanged(file.stamp)
     return tuple(found)
 
 
@@ -109,16 +105,6 @@ def _sample(tensors: Sequence[TensorPlan], role: str) -> list[tuple[TensorPlan, 
     ]
     count = min(_TENSORS, len(pairs))
     return [pairs[index * len(pairs) // count] for index in range(count)]
-
-
-def _read(reader: FileReader, ref: TensorRef) -> torch.Tensor:
-    """Return a tensor's first values in float64."""
-    count = min(ref.element_count, _VALUES)
-    buffer = bytearray(ref.size_bytes // max(ref.element_count, 1) * count)
-    if not buffer:
-        return torch.zeros(0, dtype=torch.float64)
-    reader.read_into(memoryview(buffer), ref.start)
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[ref.dtype]).double()
 
 
 def _products(target: torch.Tensor, base: torch.Tensor, distilled: torch.Tensor) -> torch.Tensor:
