@@ -22,7 +22,8 @@ _OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?:^|[._])blocks[._]\d+[._](?:self_attn|cross_attn|ffn)[._]"), "Wan"),
 )
 # Layers that one kind of UNet has and the other has not, in both layouts: SDXL has several
-# transformer blocks in a row, Stable Diffusion 1.x and 2.x attention in the first block and a fourth.
+# transformer blocks in a row, Stable Diffusion 1.x and 2.x have attention in the first block, and a
+# fourth one.
 _LAYERS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"transformer_blocks[._][1-9]"), "SDXL"),
     (
