@@ -12,6 +12,7 @@ from typing import Any
 
 from merge.manifest import json_bytes
 from merge.plan import MergePlan
+from merge.portable import blank_file, blank_places, describe_blank, is_config
 from merge.recipe import Recipe, SchedulerSpec
 from merge.sources import ResolvedModel, SourceFile
 
@@ -52,10 +53,12 @@ class ExportFiles:
     Attributes:
         copies: Name in the export to the file that is copied there.
         written: Name in the export to bytes that we write.
+        warnings: What is written otherwise than the target has it, a line each.
     """
 
     copies: Mapping[str, SourceFile]
     written: Mapping[str, bytes]
+    warnings: tuple[str, ...] = ()
 
 
 def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> ExportFiles:
@@ -67,25 +70,39 @@ def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> Expor
         target: Whose components are exported; a bare UNet gives a UNet folder only.
     """
     written: dict[str, bytes] = {}
+    warnings: list[str] = []
+
+    def write(name: str, tree: Mapping[str, Any]) -> None:
+        blank, fields = blank_places(tree)
+        if fields:
+            warnings.append(describe_blank(name, fields))
+        written[name] = json_bytes(blank)
+
     if target.config is not None:
-        written["unet/config.json"] = json_bytes(target.config)
+        write("unet/config.json", target.config)
     pipeline = target.pipeline
     if pipeline is None:
-        return ExportFiles({}, written)
+        return ExportFiles({}, written, tuple(warnings))
     index = dict(pipeline.model_index)
     index["_class_name"] = PIPELINE_CLASSES[plan.architecture]
     index["scheduler"] = ["diffusers", recipe.scheduler.class_name]
-    written["model_index.json"] = json_bytes(index)
+    write("model_index.json", index)
     version = index.get("_diffusers_version")
-    written["scheduler/scheduler_config.json"] = json_bytes(
-        scheduler_config(recipe.scheduler, target.scheduler or {}, version)
-    )
+    scheduler = scheduler_config(recipe.scheduler, target.scheduler or {}, version)
+    write("scheduler/scheduler_config.json", scheduler)
     written_anew = {component.name for component in plan.components}
     written_anew |= {name.partition("/")[0] for name in plan.relaid}
     copies: dict[str, SourceFile] = {}
     for part in pipeline.components:
         copies |= part.companions if part.name in written_anew else part.copies
-    return ExportFiles(copies, written)
+    for name, file in list(copies.items()):
+        if is_config(name, file.size_bytes):
+            blank, fields = blank_file(file.path.read_bytes())
+            if fields:
+                del copies[name]
+                written[name] = json_bytes(blank)
+                warnings.append(describe_blank(name, fields))
+    return ExportFiles(copies, written, tuple(warnings))
 
 
 def scheduler_config(

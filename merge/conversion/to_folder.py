@@ -19,6 +19,7 @@ from merge.conversion.to_file import check_pickles
 from merge.layout import TensorCopy, write_tensor_copies
 from merge.layout.write import plan_header
 from merge.manifest import json_bytes
+from merge.portable import blank_file, describe_blank, is_config
 from merge.writer import OutputFolder, refuse_overlap
 
 # What tells a folder that a conversion wrote from one that must not be replaced.
@@ -61,7 +62,7 @@ def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -
     }
     with output:
         check_pickles({"": checkpoint})
-        _copy_configs(output, configs)
+        blanked = _copy_configs(output, configs)
         count = ByteCount(options.on_progress, total - sum(header.data_start for header in planned))
         files = _write_weights(output, parts, headers, count)
         record = {
@@ -72,18 +73,27 @@ def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -
         }
         output.write_file(RECORD, json_bytes(record))
         output.publish()
-    return ConvertResult(out, "diffusers", files, left_out, single.notes)
+    return ConvertResult(out, "diffusers", files, left_out, (*single.notes, *blanked))
 
 
-def _copy_configs(output: OutputFolder, configs: Configs) -> None:
+def _copy_configs(output: OutputFolder, configs: Configs) -> tuple[str, ...]:
+    """Copy the configs, and say of which ones places of another machine were blanked."""
     stop = threading.Event()
+    lines = []
     for name, path in configs.files.items():
+        data = path.read_bytes() if is_config(name, path.stat().st_size) else b""
+        tree, fields = blank_file(data)
+        if fields:
+            lines.append(describe_blank(name, fields))
         if name == "model_index.json" and configs.missing:
-            index: dict[str, Any] = dict(configs.index)
+            index: dict[str, Any] = dict(tree if fields else configs.index)
             index |= {missing: [None, None] for missing in configs.missing}
             output.write_file(name, json_bytes(index))
+        elif fields:
+            output.write_file(name, json_bytes(tree))
         else:
             output.copy_file(path, name, stop)
+    return tuple(lines)
 
 
 def _write_weights(

@@ -24,7 +24,9 @@ class Decided:
     notes: tuple[str, ...]
 
 
-def decide(manifest: Mapping[str, Any], stated: str | None) -> Decided:
+def decide(
+    manifest: Mapping[str, Any], stated: str | None, local: Mapping[str, str] | None = None
+) -> Decided:
     """Decide the licence of an export: the most restrictive of its parents', or the stated one.
 
     Parents that the tool does not know are asked for on the Hub, as far as it can be reached.
@@ -32,6 +34,7 @@ def decide(manifest: Mapping[str, Any], stated: str | None) -> Decided:
     Args:
         manifest: Of the export.
         stated: What the publisher says.
+        local: Role to the licence that a local parent's own card states.
 
     Raises:
         PublishError: a parent forbids derivatives, or the licence cannot be decided.
@@ -41,16 +44,18 @@ def decide(manifest: Mapping[str, Any], stated: str | None) -> Decided:
     except ValueError as error:
         hint = "https://huggingface.co/docs/hub/repositories-licenses lists them"
         raise PublishError(f"--license: {error}", hint=hint) from error
-    inputs = manifest.get("inputs", {}).values()
+    roles = manifest.get("inputs", {})
+    inputs = roles.values()
     parents = [
-        (str(model.get("repo") or model.get("name")), model.get("repo"), None) for model in inputs
+        (str(model.get("repo") or model.get("name")), model.get("repo"), (local or {}).get(role))
+        for role, model in roles.items()
     ]
     decision = decide_licence(parents)
     if decision.unknown and not decision.blocked:
         commits = {model.get("repo"): model.get("commit") for model in inputs}
         asked = [
-            (label, repo, _ask(repo, commits[repo]) if repo and label in decision.unknown else None)
-            for label, repo, _ in parents
+            (label, repo, _ask(repo, commits[repo]) if repo and label in decision.unknown else own)
+            for label, repo, own in parents
         ]
         decision = decide_licence(asked)
     if decision.blocked:

@@ -22,10 +22,10 @@ from merge.verify.files import verify_files
 
 _LOG = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_REPORT = "report.json"
+_REPORT, _RUN = "report.json", "run.json"
 # Beside the reproducible set.
 _RECORDS = (
-    *(MANIFEST_NAME, PROVENANCE_NAME, "run.json", _REPORT, "report.html", CARD_NAME),
+    *(MANIFEST_NAME, PROVENANCE_NAME, _RUN, _REPORT, "report.html", CARD_NAME),
     # What model_signing writes.
     "model.sig",
 )
@@ -58,7 +58,7 @@ def prepare(
         raise PublishError(f"{repo_id!r} is no Hub id", hint="give it as --repo-id ORG/NAME")
     manifest = _check_folder(folder, on_bytes)
     names = _choose(folder, manifest, only)
-    decision = decide(manifest, license or stated_licence(folder))
+    decision = decide(manifest, license or stated_licence(folder), _local_licences(folder))
     licence = CardLicence(
         decision.licence.id, decision.licence.name, decision.licence.link, decision.notes
     )
@@ -83,6 +83,16 @@ def prepare(
         title=f"{manifest['recipe']} ({str(manifest['recipe_digest'])[:16]})",
         notes=(*decision.notes, *_left_behind(folder, names, manifest)),
     )
+
+
+def _local_licences(folder: Path) -> dict[str, str]:
+    """Return role to the licence that a local parent stated when the run read it."""
+    try:
+        stated = json.loads((folder / _RUN).read_text(encoding="utf-8"))["licences"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    pairs = stated.items() if isinstance(stated, dict) else ()
+    return {role: licence for role, licence in pairs if isinstance(licence, str)}
 
 
 def _check_folder(folder: Path, on_bytes: Callable[[int, int], None] | None) -> Mapping[str, Any]:

@@ -83,9 +83,12 @@ def tell_links(model: ResolvedModel) -> None:
     there to be published. The Hub's cache links to its own blobs.
     """
     parts = model.pipeline.components if model.pipeline is not None else ()
-    root = model.root.resolve()
-    blobs = root.parent.parent / "blobs"
+    links = []
     for file in (file for part in parts for file in part.companions.values()):
+        # A single file's configs are in another folder than the file.
+        root = file.path.parents[file.name.count("/")].resolve()
         path = file.path.resolve()
-        if not path.is_relative_to(root) and path.parent != blobs:
-            _LOG.warning("%s is a link to %s: its content goes into the output", file.name, path)
+        if not path.is_relative_to(root) and path.parent != root.parent.parent / "blobs":
+            links.append(f"{file.name} is a link to {path}")
+    if links:
+        _LOG.warning("%s: its content goes into the output", ", ".join(links))

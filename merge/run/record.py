@@ -14,6 +14,7 @@ from merge._version import __version__
 from merge.environment import platform_words
 from merge.plan import MergePlan
 from merge.sources import Sources
+from merge.sources.card import stated_locally
 
 RUN_NAME = "run.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy")
@@ -64,6 +65,12 @@ def local_inputs(sources: Sources, folder: Path) -> dict[str, str]:
             if is_text and not is_private:
                 found[model.role] = relative
     return found
+
+
+def local_licences(sources: Sources) -> dict[str, str]:
+    """Return role to the licence that a local model's own card, or its metadata, states."""
+    stated = {model.role: stated_locally(model) for model in sources.models if model.repo is None}
+    return {role: licence for role, licence in stated.items() if licence}
 
 
 def _peak_rss_bytes() -> int:

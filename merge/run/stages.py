@@ -45,7 +45,7 @@ from merge.run.doubts import tell_doubts, tell_verdict
 from merge.run.inputs import InputFile, check_digest, digest_inputs, tell_links
 from merge.run.merging import MergedFiles, merge_components
 from merge.run.model import Progress, RunResult
-from merge.run.record import RUN_NAME, local_inputs, run_record
+from merge.run.record import RUN_NAME, local_inputs, local_licences, run_record
 from merge.sources import SourceFile, Sources, fetch_sources, resolve_sources
 from merge.writer import Journal, OutputFolder, refuse_overlap, write_atomically
 
@@ -173,6 +173,8 @@ class _Run:
     ) -> tuple[str, dict[str, FileRecord]]:
         """Write the whole output and give it its name."""
         export = plan_export(self.recipe, plan, sources.target)
+        for warning in export.warnings:
+            _LOG.warning("%s", warning)
         digests = digest_inputs(
             self._hashed(sources, export),
             lambda done, total: self._progress("hash", done, total),
@@ -262,6 +264,7 @@ class _Run:
         self._lap("records", mark)
         run = run_record(plan, self.seconds, merged.device, merged.workers)
         run["inputs"] = local_inputs(sources, self.final)
+        run["licences"] = local_licences(sources)
         run["origins"] = [dataclasses.asdict(origin) for origin in self._origins]
         folder.write_file(RUN_NAME, json_bytes(run))
         folder.write_file(CARD_NAME, draft_card(folder.partial).encode())
