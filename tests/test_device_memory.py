@@ -5,22 +5,36 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import resource
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import merge.engine
 import merge.engine.buffers as buffers
 import merge.run.merging as merging
-from merge import load_recipe, run_recipe
+from merge import build_plan, load_recipe, resolve_sources, run_recipe
 from merge.engine import device_errors
 from merge.engine.execute import execute_plan
 from merge.engine.lane import Lane
+from merge.engine.units import TensorState, cut_units
 from merge.errors import DeviceError, DeviceMemoryError
-from tests.mini import contents, random_tensors, write_models, write_recipe, write_unet
+from merge.reader import FileReader
+from merge.writer import TensorFileWriter
+from tests.mini import (
+    contents,
+    random_tensors,
+    read_output,
+    write_models,
+    write_recipe,
+    write_unet,
+)
 
 CUDA = torch.device("cuda", 0)
 REFUSALS = [
@@ -223,3 +237,108 @@ def test_a_machine_without_enough_memory_says_so(place: Path) -> None:
     assert "the machine gives no more memory or threads: " in message
     assert "--threads 1" in hint
     assert not list(place.glob("out*"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        found = function(*arguments, **(options or {}))
+        for value in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(value, torch.Tensor):
+                self._add(value.untyped_storage())
+        return found
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self.now -= size
+            self._seen.discard(key)
+
+        weakref.finalize(storage, gone)
+
+
+@pytest.mark.parametrize("kind", ["float32", "overflowing", "float16", "float32 LoRA"])
+def test_a_worker_holds_a_few_blocks_whatever_the_tensors_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As on a GPU, where torch's own operations add and every temporary is device memory."""
+    monkeypatch.setattr("merge.engine.lane.load_library", lambda: None)
+    block, rows, columns = 64 * 1024, 1024, 2048
+    dtype = torch.float16 if kind == "float16" else torch.float32
+    key = "mid_block.large.weight"
+    for seed, role in enumerate(("target", "base", "distilled")):
+        tensors = random_tensors(seed, dtype=dtype, channels=8 if role == "target" else 4)
+        large = torch.full((rows, columns), 1e5 if kind == "overflowing" else 0.1 * seed)
+        tensors[key] = large.to(dtype) + seed
+        write_unet(tmp_path / role, tensors)
+    changes: dict[str, Any] = {"on_overflow": "clamp"}
+    if kind == "float32 LoRA":
+        stem = "lora_unet_mid_block_large"
+        lora = {f"{stem}.lora_down.weight": torch.randn(8, columns)}
+        lora |= {f"{stem}.lora_up.weight": torch.randn(rows, 8)}
+        save_file(lora, tmp_path / "lora.safetensors")
+        changes["models"] = {"distilled": "./lora.safetensors", "target": "./target"}
+        monkeypatch.setattr("merge.engine.lane.PRODUCT_ELEMENTS", 2 * block)
+    recipe = load_recipe(write_recipe(tmp_path, **changes))
+    plan = build_plan(recipe, resolve_sources(recipe))
+    (unet,) = plan.components
+    (index,) = (i for i, row in enumerate(unet.tensors) if row.key == key)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
+        writer = TensorFileWriter(tmp_path / "o.safetensors", unet.out_header.file_bytes)
+        stack.enter_context(writer)
+        cpu = torch.device("cpu")
+        live = stack.enter_context(LiveBytes())
+        lane = Lane(plan, unet, readers, writer, cpu, block, "clamp")
+        for unit in cut_units(unet.tensors):
+            if unit.tensor == index:
+                lane.run(unit, TensorState(1))
+    assert unet.tensors[index].is_merged
+    whole = rows * columns * 4
+    assert whole == 32 * block * 4
+    # Staging, three of scratch, and what a block needs for a moment, a LoRA's in float64.
+    most = 26 if kind == "float32 LoRA" else 14
+    assert live.peak < most * block * 4 < whole
+
+
+def test_an_overflow_looks_at_its_own_block_of_the_inputs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block looked through whole inputs, so the time grew with their square."""
+    key = "mid_block.large.weight"
+    size = 4096
+    for seed, role in enumerate(("target", "base", "distilled")):
+        tensors = random_tensors(seed, dtype=torch.float32, channels=8 if role == "target" else 4)
+        tensors[key] = torch.full((size,), 3e38 if role == "distilled" else 1.0)
+        write_unet(tmp_path / role, tensors)
+    read = 0
+    real = buffers.Buffers.read_both
+
+    def counted(self: Any, ref: Any, start: int, count: int, slot: int) -> Any:
+        nonlocal read
+        read += count
+        return real(self, ref, start, count, slot)
+
+    monkeypatch.setattr(buffers.Buffers, "read_both", counted)
+    monkeypatch.setattr("merge.engine.lane.load_library", lambda: None)
+    monkeypatch.setattr("merge.engine.execute.CPU_BLOCK_ELEMENTS", 64)
+    changes = {"weight": 2.0, "out_dtype": "float32", "on_overflow": "clamp"}
+    recipe = load_recipe(write_recipe(tmp_path, **changes))
+    run_recipe(recipe, tmp_path / "out", device="cpu", threads=1, verify=False)
+    assert read_output(tmp_path / "out")[key][0] == torch.finfo(torch.float32).max
+    # The sum reads three inputs, and the look at them as much again.
+    assert read < 12 * size

@@ -87,8 +87,8 @@ def execute_plan(
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
         with _single_threaded_operators(), device_errors(device):
             lanes = [
-                Lane(plan, component, readers, writer, device, block, recipe.on_overflow)
-                for _ in range(min(threads, max(1, len(units))))
+                Lane(plan, component, readers, writer, device, block, recipe.on_overflow, number)
+                for number in range(min(threads, max(1, len(units))))
             ]
             _run_workers(lanes, queue)
         for reader, file in zip(readers, plan.files, strict=True):

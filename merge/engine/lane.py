@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, make_buffers
+from merge.engine.device import device_stream
 from merge.engine.fused import FusedAdder, LowRank, load_library
 from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
@@ -41,7 +42,20 @@ class Lane:
         device: torch.device,
         plain_block: int,
         on_overflow: str,
+        number: int = 0,
     ) -> None:
+        """Allocate the worker's memory.
+
+        Args:
+            plan: What is merged.
+            component: The file that is written.
+            readers: Of the plan's files.
+            writer: Of that file.
+            device: Where it computes.
+            plain_block: Elements of a block.
+            on_overflow: The recipe's rule.
+            number: Of this worker among those of the merge.
+        """
         self._plan = plan
         self._component = component
         self._writer = writer
@@ -56,7 +70,7 @@ class Lane:
         self._fused = FusedAdder(library, self._buffers) if library is not None else None
         # The adapter of the tensor that was merged last, for the next unit of it.
         self._packed: tuple[int, LowRank] | None = None
-        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream = device_stream(device, number) if is_cuda else None
 
     def run(self, unit: Unit, state: TensorState) -> None:
         """Compute and write one unit.
@@ -242,9 +256,7 @@ class Lane:
 
     @staticmethod
     def _check_finite(tensor: TensorPlan, values: torch.Tensor) -> None:
-        # A sum of squares is finite only if every value is; it may overflow by itself.
-        product = float(torch.dot(values, values))
-        if not math.isfinite(product) and not bool(torch.isfinite(values).all()):
+        if not _bound_of_squares(values) < math.inf and not bool(torch.isfinite(values).all()):
             raise RangeError(tensor.key)
 
     def _prefetch(self, tensor: TensorPlan, unit: Unit) -> None:
@@ -264,9 +276,8 @@ class Lane:
         """Round to out_dtype, check the range, write."""
         code = tensor.dtype_out
         limit = _OVERFLOW[code]
-        # One product tells that no value is too large: a sum of squares bounds each of them, and
         # NaN fails every comparison.
-        if not float(torch.dot(values, values)) < limit * limit:
+        if not _bound_of_squares(values) < limit * limit:
             self._resolve_overflow(tensor, values, start, state)
         data = self._buffers.round(values, code)
         self._writer.write(data, self._starts[index] + start * DTYPE_BITS[code] // 8)
@@ -300,13 +311,26 @@ class Lane:
             hint=hint,
         )
 
-    def _count_non_finite(self, ref: TensorRef, slot: int = 0) -> int:
+    def _count_non_finite(self, ref: TensorRef, first: int = 0, end: int | None = None) -> int:
+        """Count NaN and infinity in elements of an input, in the memory of slot 1."""
         count = 0
-        for start in range(0, ref.element_count, self._plain_block):
-            part = min(self._plain_block, ref.element_count - start)
-            values = self._buffers.read_float(ref, start, part, slot)
-            count += int((~torch.isfinite(values)).sum())
+        end = ref.element_count if end is None else end
+        for start in range(first, end, self._plain_block):
+            part = min(self._plain_block, end - start)
+            values = self._buffers.read_float(ref, start, part, 1)
+            count += part - int(torch.isfinite(values).sum())
         return count
+
+    def _has_bad_input(self, tensor: TensorPlan, start: int, count: int) -> bool:
+        """Return True when an input of a block is not finite."""
+        block = [tensor.target]
+        if tensor.delta_row_elements == tensor.row_elements:
+            block += [ref for term in tensor.deltas for ref in (term.distilled, term.base)]
+        # Others do not lie as the block does: a LoRA's factors, the first channels of filters.
+        rest = [ref for ref in tensor.refs if ref not in block]
+        return any(self._count_non_finite(ref, start, start + count) for ref in block) or any(
+            self._count_non_finite(ref) for ref in rest
+        )
 
     def _resolve_overflow(
         self, tensor: TensorPlan, values: torch.Tensor, start: int, state: TensorState
@@ -322,7 +346,7 @@ class Lane:
             return
         if self._on_overflow == "error" or values.isnan().any():
             raise RangeError(tensor.key)
-        if not bool(finite.all()) and any(self._count_non_finite(ref, 1) for ref in tensor.refs):
+        if not bool(finite.all()) and self._has_bad_input(tensor, start, len(values)):
             raise RangeError(tensor.key)
         largest = _LARGEST[tensor.dtype_out]
         if self._on_overflow == "clamp":
@@ -332,6 +356,20 @@ class Lane:
         values[too_large] = original[too_large]
         if bool((values.abs() >= _OVERFLOW[tensor.dtype_out]).any()):
             raise RangeError(tensor.key)
+
+
+def _bound_of_squares(values: torch.Tensor) -> float:
+    """Return a number that the square of no value exceeds; NaN where a value is NaN.
+
+    On a CPU the sum of squares, the fastest pass over memory; it may overflow by itself. On CUDA
+    the largest square: a dot product there is cuBLAS', which takes 32 MiB for each stream that it
+    was ever called on.
+    """
+    if values.device.type != "cuda":
+        return float(torch.dot(values, values))
+    low, high = torch.aminmax(values)
+    largest = float(torch.maximum(-low, high))
+    return largest * largest
 
 
 class RangeError(NonFiniteError):
