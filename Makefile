@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-models style quality test test-slow bench gpu-check gpu-check-now clean
+.PHONY: help setup setup-dev demo demo-models style quality test test-slow bench gpu-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,17 +73,8 @@ bench: $(VENV)/.setup-dev  ## Time a full-size merge and an edit against what on
 	$(PY) scripts/bench/edit.py
 
 # Runs with the python that has CUDA: make gpu-check PY=python3
-gpu-check:  ## Every test and benchmark that needs a CUDA device
-	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(MAKE) --no-print-directory gpu-check-now; \
-	else \
-		echo "gpu-check: skipped, torch finds no CUDA device"; \
-	fi
-
-gpu-check-now:
-	$(PY) -m pytest -m gpu
-	$(PY) scripts/bench/merge.py sd15 sd15-lora --device cuda
-	$(PY) scripts/bench/edit.py --device cuda --dtype float16 --width 320 --size 512 --compile
+gpu-check:  ## Every test and benchmark that needs a CUDA device, and one summary
+	@$(PY) scripts/bench/gpu_check.py
 
 clean:  ## Remove what the other targets made, .venv excepted
 	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

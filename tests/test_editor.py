@@ -836,3 +836,50 @@ def test_a_compiled_unet_on_a_gpu_gives_the_same_pictures(tiny_sd15: Path) -> No
     # Later ones run in the same graph, whose memory is used again.
     for one, two in zip(plain, compiled, strict=True):
         assert np.abs(one.image - two.image).max() < 2 / 255
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_float32_is_float32_while_an_edit_runs(
+    tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """On a GPU cuDNN convolves in TF32 unless it is told otherwise."""
+    import merge.editor.batches as batches
+
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    seen: list[list[str]] = []
+    real = batches.denoise
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append([place.fp32_precision for place in places])
+        return real(*arguments)
+
+    monkeypatch.setattr(batches, "denoise", watched)
+    editor = load_editor(tiny_sd15 / "target", device="cpu", allow_tf32=allowed)
+    edit(editor, noise_picture(), "blue", EditSettings(steps=1, resolution=48))
+    assert seen == [["tf32" if allowed else "ieee"] * 2]
+    assert [place.fp32_precision for place in places] == before
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        raise KeyError("denoise")
+
+    monkeypatch.setattr(batches, "denoise", broken)
+    with pytest.raises(KeyError):
+        edit(editor, noise_picture(), "blue", EditSettings(steps=1, resolution=48))
+    assert [place.fp32_precision for place in places] == before
+
+
+@pytest.mark.gpu
+def test_tf32_is_asked_for(tiny_sd15: Path) -> None:
+    settings = EditSettings(resolution=48)
+    folder = tiny_sd15 / "target"
+    exact, fast = (
+        edit(
+            load_editor(folder, device="cuda", dtype="float32", allow_tf32=allowed),
+            noise_picture(),
+            "blue",
+            settings,
+        ).latents
+        for allowed in (False, True)
+    )
+    assert 0 < np.abs(exact - fast).max() < 0.1

@@ -18,6 +18,7 @@ from merge.editor.denoise import OnStep, denoise, make_conditions
 from merge.editor.guidance import Rows, choose_rows
 from merge.editor.load import Editor
 from merge.editor.pictures import load_image, resize_image
+from merge.editor.precision import float32_precision
 from merge.editor.result import EditRequest, EditResult, StageTimes
 from merge.editor.schedule import Noise, draw_noise, make_schedule
 from merge.editor.settings import EditSettings, check_seed, check_settings
@@ -196,7 +197,8 @@ class _Session:
         results: dict[int, EditResult] = {}
         for indices in sizes.values():
             try:
-                batch = self.edit_batch([jobs[index] for index in indices])
+                with float32_precision(allows_tf32=self.editor.allows_tf32):
+                    batch = self.edit_batch([jobs[index] for index in indices])
             except torch.OutOfMemoryError as error:
                 raise DeviceError(
                     f"the device is out of memory: {error}",

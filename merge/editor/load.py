@@ -37,12 +37,14 @@ class Editor:
         folder: Where it was loaded from.
         device: Where the components are.
         is_compiled: True when the UNet is compiled by its first edit of each size.
+        allows_tf32: True when float32 on a GPU may be TF32.
     """
 
     pipeline: Any
     folder: Path
     device: torch.device
     is_compiled: bool = False
+    allows_tf32: bool = False
 
     @property
     def is_xl(self) -> bool:
@@ -106,6 +108,7 @@ def load_editor(
     dtype: str = "auto",
     scheduler: str = "lcm",
     compile_unet: bool = False,
+    allow_tf32: bool = False,
 ) -> Editor:
     """Load an exported folder or single file for editing.
 
@@ -122,6 +125,8 @@ def load_editor(
             tool, which keeps what its recipe wrote. `own`: the folder's, whatever it is.
         compile_unet: Let torch compile the UNet in the first edit of each picture size and batch,
             on CUDA with CUDA graphs. That takes a minute or more; pictures then differ by rounding.
+        allow_tf32: Let a GPU multiply float32 numbers in TF32, with ten bits of fraction: faster,
+            and pictures differ by more than rounding. Nothing to float16 and bfloat16.
 
     Raises:
         SourceNotFoundError: there is no such pipeline.
@@ -160,7 +165,7 @@ def load_editor(
             vae.to(memory_format=torch.channels_last)
         if compile_unet:
             compile_model(pipeline.unet, where)
-        return Editor(pipeline, folder, where, compile_unet)
+        return Editor(pipeline, folder, where, compile_unet, allow_tf32)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{where} has too little memory for {folder}", hint="use --device cpu"

@@ -70,13 +70,14 @@ def main() -> None:
         image_guidance_scale=options.image_guidance_scale,
         resolution=options.size,
     )
-    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    picture = Image.fromarray(values).resize((options.size,) * 2, Image.Resampling.BICUBIC)
+    picture = make_picture(options.size)
     sides: dict[str, Side] = {"ours": run_ours, "stock": run_stock}
     if options.compile:
         compiled = compile_copy(editor)
         sides["compiled"] = lambda _, *arguments: run_ours(compiled, *arguments)
     pictures = {side: run(editor, picture, settings)[1] for side, run in sides.items()}
+    for image in pictures.values():
+        check_picture(image)
     differences = {
         side: float(np.abs(image - pictures["stock"]).max())
         for side, image in pictures.items()
@@ -96,6 +97,11 @@ def main() -> None:
     work = count_flops(editor, picture, settings)
     print_tables(rows, differences, work)
     write_results(options, rows, differences, work)
+
+
+def make_picture(size: int) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def parse_options() -> argparse.Namespace:
@@ -167,9 +173,38 @@ def build_editor(options: argparse.Namespace) -> Editor:
     )
     pipeline.set_progress_bar_config(disable=True)
     device = torch.device(options.device)
+    calibrate(Editor(pipeline.to(device), ROOT, device), options)
     if options.dtype != "float32":
         pipeline.to(getattr(torch, options.dtype))
     return Editor(pipeline.to(device), ROOT, device)
+
+
+def calibrate(editor: Editor, options: argparse.Namespace) -> None:
+    """Scale random weights so that an edit gives a picture of middling values.
+
+    As they are drawn, latents grow to tens within four steps, and the decoder's output is all
+    black and white: float16 then differs from anything by a whole pixel.
+    """
+    pipeline = editor.pipeline
+    for name, module in [*pipeline.unet.named_modules(), *pipeline.vae.named_modules()]:
+        # The ends of residual branches, which would add up from block to block.
+        if name.endswith(("conv2", "to_out.0", "ff.net.2", "proj_out")):
+            module.weight.data *= 0.1
+    picture = make_picture(min(options.size, 64))
+    settings = EditSettings(steps=options.steps, resolution=min(options.size, 64))
+    latents = edit(editor, picture, INSTRUCTION, settings).latents
+    pipeline.vae.register_to_config(scaling_factor=float(np.std(latents)))
+    with torch.inference_mode():
+        scaled = torch.from_numpy(latents)[None].to(editor.device) / float(np.std(latents))
+        spread = float(pipeline.vae.decode(scaled).sample.std())
+    pipeline.vae.decoder.conv_out.weight.data *= 0.3 / spread
+
+
+def check_picture(image: np.ndarray) -> None:
+    """Refuse a comparison that would mean nothing."""
+    saturated = float(((image <= 0) | (image >= 1)).mean())
+    if not np.isfinite(image).all() or saturated > 0.05:
+        raise SystemExit(f"the picture is no picture: {saturated:.0%} of its values are cut off")
 
 
 # The sides -------------------------------------------------------------------------------------

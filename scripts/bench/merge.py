@@ -303,7 +303,10 @@ class _Run:
 
     def _run(self, side: str) -> dict[str, Any]:
         is_rival = side in rivals.RIVALS
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        # Packages may lie on the caller's path and be installed nowhere.
+        given = os.environ.get("PYTHONPATH", "")
+        paths = os.pathsep.join(filter(None, (str(ROOT), given)))
+        environment = {**os.environ, "PYTHONPATH": paths}
         if is_rival:
             environment.pop("PYTHONPATH")
         command = self._command(side)
