@@ -21,7 +21,7 @@ $(VENV)/.torch: | $(PY)
 	@touch $@
 
 # Installing compiles FUSED where there is a C compiler.
-FUSED := merge/engine/fused.c
+FUSED := $(wildcard merge/engine/*.[ch]) scripts/build_fused.py
 
 $(VENV)/.setup: pyproject.toml $(FUSED) $(VENV)/.torch
 	$(PY) -m pip install --quiet --editable .

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import logging
+import platform
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,11 +26,11 @@ from merge.engine import fused
 from merge.engine.fused import LIBRARY, load_library
 from merge.errors import NonFiniteError
 from merge.plan.memory import panel_elements
-from scripts.build_fused import compile_library
 from tests.mini import contents, numpy_float32, numpy_round, random_tensors, write_recipe
 from tests.mini import write_unet as write
 
 SOURCE = LIBRARY.with_name("fused.c")
+HEADERS = ("vectors_x86.h", "vectors_neon.h")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 CODES = {"F16": 0, "BF16": 1, "F32": 2}
 WIDTHS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
@@ -34,6 +38,9 @@ CHANGED, OUTSIDE = 1, 2
 
 needs_library = pytest.mark.skipif(load_library() is None, reason="fused.c is not compiled here")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+is_arm = platform.machine() in ("aarch64", "arm64")
+on_arm = pytest.mark.skipif(not is_arm, reason="this is no AArch64")
+on_x86 = pytest.mark.skipif(is_arm, reason="this is AArch64")
 
 
 def add_delta(
@@ -331,14 +338,15 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, old: str, new:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
-        ("delta = _mm256_mul_ps(delta, scale);", "delta = _mm256_mul_ps(delta, limit);"),
+        pytest.param("_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO", marks=on_x86),
+        pytest.param("vdupq_n_u32(0x7fff)", "vdupq_n_u32(0)", marks=on_arm),
+        ("delta = multiply(delta, scale);", "delta = multiply(delta, limit);"),
         (
             "for (int64_t i = 0; i < count; i += STEP)",
             "for (int64_t i = 0; i < count - 16; i += STEP)",
         ),
-        ("_mm256_mul_pd(_mm256_loadu_pd(product + i + 4), scale)", "scale"),
-        ("_mm256_mul_pd(sums[i][1], all->factor)", "sums[i][1]"),
+        ("scaled(load_doubles(product + i), scale)", "scaled(scale, scale)"),
+        ("scaled(sums[i], all->factor)", "scaled(sums[i], all_doubles(1))"),
         ("panels[i] = i < valid ? from[i] : 0.0", "panels[i] = from[0]"),
         ("case 5: low_rank_tile(&all, up, panels, row, column, 5)", "case 5: break"),
     ],
@@ -354,33 +362,60 @@ def test_a_library_that_rounds_otherwise_is_not_used(
 
 @needs_library
 @needs_compiler
-def test_a_fused_multiply_add_would_be_noticed(tmp_path: Path) -> None:
-    path = changed_library(
-        tmp_path,
-        "_mm256_add_ps(widen(target, i, target_dtype), delta);\n        deltas",
-        "_mm256_fmadd_ps(_mm256_sub_ps(widen(distilled, i, distilled_dtype), "
-        "widen(base, i, base_dtype)), scale, widen(target, i, target_dtype));\n        deltas",
-        target=("avx2,f16c", "avx2,f16c,fma"),
-    )
-    assert load_library(path) is None
+def test_a_fused_multiply_add_would_be_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = build_script()
+    found = []
+    for mode in ("off", "fast"):
+        flags = tuple(flag.replace("=off", f"={mode}") for flag in build.FLAGS)
+        assert f"-ffp-contract={mode}" in flags
+        monkeypatch.setattr(build, "FLAGS", flags)
+        (tmp_path / mode).mkdir()
+        # Compilers fuse a product that is used once.
+        path = changed_library(tmp_path / mode, "deltas = either(deltas, delta);", "")
+        found.append(load_library(path) is not None)
+        monkeypatch.undo()
+    assert found == [True, False]
 
 
-def changed_library(
-    folder: Path, old: str, new: str, target: tuple[str, str] = ("avx2,f16c", "avx2,f16c")
-) -> Path:
-    text = SOURCE.read_text()
-    assert old in text
-    source = folder / "changed.c"
-    source.write_text(text.replace(old, new, 1).replace(*target))
+def build_script() -> ModuleType:
+    """Return the hook that compiles; it needs the build backend."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    return importlib.import_module("scripts.build_fused")
+
+
+def test_without_the_build_backend_all_but_what_compiles_is_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hatchling", None)
+    monkeypatch.delitem(sys.modules, "scripts.build_fused", raising=False)
+    again = importlib.util.spec_from_file_location("again", __file__)
+    assert again is not None
+    assert again.loader is not None
+    again.loader.exec_module(importlib.util.module_from_spec(again))
+    with pytest.raises(pytest.skip.Exception, match="hatchling is not installed"):
+        changed_library(tmp_path, "#define VERSION 2", "#define VERSION 1")
+
+
+def changed_library(folder: Path, old: str, new: str) -> Path:
+    """Compile the library with one piece of its source replaced."""
+    found = []
+    for name in (SOURCE.name, *HEADERS):
+        text = SOURCE.with_name(name).read_text()
+        found.append(old in text)
+        (folder / name).write_text(text.replace(old, new, 1))
+    assert any(found)
     library = folder / "changed.so"
-    assert compile_library(source, library)
+    assert build_script().compile_library(folder / SOURCE.name, library)
     return library
 
 
 def test_without_a_compiler_nothing_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    build = build_script()
     for compiler in ("/no/such/compiler", "false"):
         monkeypatch.setenv("CC", compiler)
-        assert not compile_library(SOURCE, tmp_path / "library.so")
+        assert not build.compile_library(SOURCE, tmp_path / "library.so")
     assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,11 @@
    The arithmetic is that of the torch path, bit for bit: three float32 operations, each rounded by
    itself, and a cast to nearest even. Compile with -ffp-contract=off; a fused multiply-add would
    change bits. Only a LoRA's float64 product is made of fused multiply-adds, in the order of its
-   rank, whatever the machine. Only x86-64 with AVX2, FMA and F16C: elsewhere `fused_version` tells
-   that nothing is here. */
+   rank, whatever the machine.
+
+   The loops are the same on every machine, on vectors of eight values; what a vector is and can do
+   stands in a header of its own for x86-64 with AVX2, FMA and F16C, and for AArch64. Elsewhere
+   `fused_version` tells that nothing is here. */
 
 #include <stdint.h>
 #include <string.h>
@@ -16,72 +19,51 @@
 #define API __attribute__((visibility("default")))
 #endif
 
+/* The flag again, for whoever compiles without: GCC knows the flag alone. It has to stand before
+   the intrinsics, which are made of operators that may be contracted. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
 enum { F16 = 0, BF16 = 1, F32 = 2 };
 enum { IS_CHANGED = 1, IS_OUT_OF_RANGE = 2 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
-#define TARGET __attribute__((target("avx2,f16c,fma")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
 #define LANES 8
+
+/* Vectors: `Floats` are eight float32, `Doubles` eight float64, `Words` eight float32's bits. Where
+   a name does not say what it does:
+
+   widen, narrow    eight values of a dtype in memory to float32 and back, to nearest even
+   either           or, bit by bit
+   out_of_range     ones where a magnitude is not less than the limit, NaN included
+   has_nonzero      true when any of eight differs from zero, whatever its sign, NaN included
+   scaled           a product in float64, rounded to float32
+   multiply_add     a * b + sum in float64, rounded once
+   even_of, odd_of  of sixteen bfloat16 in `Words` those in the lower and those in the upper halves */
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "vectors_x86.h"
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
+#include "vectors_neon.h"
+#else
+#define IS_UNKNOWN
+#endif
+
+#if !defined(IS_UNKNOWN)
+
 /* Elements that every pass takes whole; a rest of fewer goes through a copy. */
 #define STEP 16
 
-API int fused_version(void) {
-    __builtin_cpu_init();
-    int is_known = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-                   __builtin_cpu_supports("fma");
-    return is_known ? VERSION : 0;
-}
-
-INLINE __m256 widen(const void *from, int64_t index, int dtype) {
-    if (dtype == F32) return _mm256_loadu_ps((const float *)from + index);
-    __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + index));
-    if (dtype == F16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-/* The upper half of each lane, to nearest even; the lower is left over. */
-INLINE __m256i rounded_to_bf16(__m256 values) {
-    /* Add half a step, less one where the last bit that stays is even. */
-    __m256i bits = _mm256_castps_si256(values);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-}
-
-INLINE void narrow(void *to, int64_t index, int dtype, __m256 values) {
-    if (dtype == F32) {
-        _mm256_storeu_ps((float *)to + index, values);
-        return;
-    }
-    __m128i half;
-    if (dtype == F16) {
-        half = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
-    } else {
-        __m256i bits = _mm256_srli_epi32(rounded_to_bf16(values), 16);
-        half = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    }
-    _mm_storeu_si128((__m128i *)((uint16_t *)to + index), half);
-}
+API int fused_version(void) { return is_known_processor() ? VERSION : 0; }
 
 /* The smallest magnitude that rounds to infinity. */
-INLINE __m256 limit_of(int dtype) {
-    if (dtype == F16) return _mm256_set1_ps(65520.0f);
-    uint32_t bits = dtype == BF16 ? 0x7f7f8000u : 0x7f800000u;
-    return _mm256_castsi256_ps(_mm256_set1_epi32((int)bits));
+INLINE Floats limit_of(int dtype) {
+    if (dtype == F16) return all_floats(65520.0f);
+    return all_bits(dtype == BF16 ? 0x7f7f8000u : 0x7f800000u);
 }
 
-INLINE __m256 out_of_range(__m256 values, __m256 limit) {
-    __m256 sign = _mm256_set1_ps(-0.0f);
-    /* Not less than: true for NaN, too. */
-    return _mm256_cmp_ps(_mm256_andnot_ps(sign, values), limit, _CMP_NLT_UQ);
-}
-
-INLINE int flags_of(__m256 deltas, __m256 outside) {
-    __m256 differs = _mm256_cmp_ps(deltas, _mm256_setzero_ps(), _CMP_NEQ_UQ);
-    return (_mm256_movemask_ps(differs) ? IS_CHANGED : 0) |
-           (_mm256_movemask_ps(outside) ? IS_OUT_OF_RANGE : 0);
+INLINE int flags_of(Floats deltas, Floats outside) {
+    return (has_nonzero(deltas) ? IS_CHANGED : 0) | (has_nonzero(outside) ? IS_OUT_OF_RANGE : 0);
 }
 
 static inline int width_of(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -89,14 +71,14 @@ static inline int width_of(int dtype) { return dtype == F32 ? 4 : 2; }
 INLINE int delta_pass(void *out, int out_dtype, const void *target, int target_dtype,
                       const void *distilled, int distilled_dtype, const void *base, int base_dtype,
                       float weight, int64_t count) {
-    __m256 scale = _mm256_set1_ps(weight), limit = limit_of(out_dtype);
-    __m256 deltas = _mm256_setzero_ps(), outside = _mm256_setzero_ps();
+    Floats scale = all_floats(weight), limit = limit_of(out_dtype);
+    Floats deltas = all_floats(0), outside = all_floats(0);
     for (int64_t i = 0; i < count; i += LANES) {
-        __m256 delta = _mm256_sub_ps(widen(distilled, i, distilled_dtype), widen(base, i, base_dtype));
-        delta = _mm256_mul_ps(delta, scale);
-        __m256 sum = _mm256_add_ps(widen(target, i, target_dtype), delta);
-        deltas = _mm256_or_ps(deltas, delta);
-        outside = _mm256_or_ps(outside, out_of_range(sum, limit));
+        Floats delta = subtract(widen(distilled, i, distilled_dtype), widen(base, i, base_dtype));
+        delta = multiply(delta, scale);
+        Floats sum = add(widen(target, i, target_dtype), delta);
+        deltas = either(deltas, delta);
+        outside = either(outside, out_of_range(sum, limit));
         narrow(out, i, out_dtype, sum);
     }
     return flags_of(deltas, outside);
@@ -106,42 +88,31 @@ INLINE int delta_pass(void *out, int out_dtype, const void *target, int target_d
    a shift where it stands, and nothing is moved from lane to lane. */
 INLINE int bf16_delta_pass(void *out, const void *target, const void *distilled, const void *base,
                            float weight, int64_t count) {
-    __m256 scale = _mm256_set1_ps(weight), limit = limit_of(BF16);
-    __m256 deltas = _mm256_setzero_ps(), outside = _mm256_setzero_ps();
-    __m256i upper = _mm256_set1_epi32((int)0xffff0000u);
-#define PAIRS(from) _mm256_loadu_si256((const __m256i *)((const uint16_t *)(from) + i))
-#define EVEN(pairs) _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))
-#define ODD(pairs) _mm256_castsi256_ps(_mm256_and_si256(pairs, upper))
+    Floats scale = all_floats(weight), limit = limit_of(BF16);
+    Floats deltas = all_floats(0), outside = all_floats(0);
     for (int64_t i = 0; i < count; i += STEP) {
-        __m256i t = PAIRS(target), d = PAIRS(distilled), b = PAIRS(base);
-        __m256 even_delta = _mm256_mul_ps(_mm256_sub_ps(EVEN(d), EVEN(b)), scale);
-        __m256 odd_delta = _mm256_mul_ps(_mm256_sub_ps(ODD(d), ODD(b)), scale);
-        __m256 even = _mm256_add_ps(EVEN(t), even_delta), odd = _mm256_add_ps(ODD(t), odd_delta);
-        deltas = _mm256_or_ps(deltas, _mm256_or_ps(even_delta, odd_delta));
-        outside = _mm256_or_ps(outside, out_of_range(even, limit));
-        outside = _mm256_or_ps(outside, out_of_range(odd, limit));
-        __m256i low = _mm256_srli_epi32(rounded_to_bf16(even), 16);
-        __m256i high = _mm256_and_si256(rounded_to_bf16(odd), upper);
-        _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), _mm256_or_si256(low, high));
+        Words t = load_pairs(target, i), d = load_pairs(distilled, i), b = load_pairs(base, i);
+        Floats even_delta = multiply(subtract(even_of(d), even_of(b)), scale);
+        Floats odd_delta = multiply(subtract(odd_of(d), odd_of(b)), scale);
+        Floats even = add(even_of(t), even_delta), odd = add(odd_of(t), odd_delta);
+        deltas = either(deltas, either(even_delta, odd_delta));
+        outside = either(outside, out_of_range(even, limit));
+        outside = either(outside, out_of_range(odd, limit));
+        narrow_pairs(out, i, even, odd);
     }
-#undef PAIRS
-#undef EVEN
-#undef ODD
     return flags_of(deltas, outside);
 }
 
 INLINE int product_pass(void *out, int out_dtype, const void *target, int target_dtype,
                         const double *product, double factor, int64_t count) {
-    __m256d scale = _mm256_set1_pd(factor);
-    __m256 limit = limit_of(out_dtype);
-    __m256 deltas = _mm256_setzero_ps(), outside = _mm256_setzero_ps();
+    Doubles scale = all_doubles(factor);
+    Floats limit = limit_of(out_dtype);
+    Floats deltas = all_floats(0), outside = all_floats(0);
     for (int64_t i = 0; i < count; i += LANES) {
-        __m128 low = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_loadu_pd(product + i), scale));
-        __m128 high = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_loadu_pd(product + i + 4), scale));
-        __m256 delta = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
-        __m256 sum = _mm256_add_ps(widen(target, i, target_dtype), delta);
-        deltas = _mm256_or_ps(deltas, delta);
-        outside = _mm256_or_ps(outside, out_of_range(sum, limit));
+        Floats delta = scaled(load_doubles(product + i), scale);
+        Floats sum = add(widen(target, i, target_dtype), delta);
+        deltas = either(deltas, delta);
+        outside = either(outside, out_of_range(sum, limit));
         narrow(out, i, out_dtype, sum);
     }
     return flags_of(deltas, outside);
@@ -197,7 +168,8 @@ TARGET API int fused_add_product(void *out, int out_dtype, const void *target, i
     return flags;
 }
 
-/* Twelve accumulators, two columns' registers and a factor: what sixteen registers hold. */
+/* Twelve accumulators, two columns' registers and a factor: what sixteen registers of four hold, and
+   thirty-two of two. */
 #define TILE_ROWS 6
 #define TILE_COLUMNS 8
 
@@ -219,27 +191,24 @@ typedef struct {
     const char *target;
     int out_dtype, target_dtype;
     int64_t rank, columns;
-    __m256d factor;
-    __m256 limit, deltas, outside;
+    Doubles factor;
+    Floats limit, deltas, outside;
 } LowRank;
 
 /* Some rows of one panel: sums stay in registers until they are added and rounded. */
 INLINE void low_rank_tile(LowRank *all, const double *up, const double *panel, int64_t row,
                           int64_t column, const int rows) {
-    __m256d sums[TILE_ROWS][2];
+    Doubles sums[TILE_ROWS];
     /* Unrolled throughout, or the sums would live in memory: twice the time. */
 #pragma GCC unroll 6
-    for (int i = 0; i < TILE_ROWS; i++) sums[i][0] = sums[i][1] = _mm256_setzero_pd();
+    for (int i = 0; i < TILE_ROWS; i++) sums[i] = all_doubles(0);
     int64_t rank = all->rank;
     up += row * rank;
     for (int64_t k = 0; k < rank; k++, panel += TILE_COLUMNS) {
-        __m256d low = _mm256_loadu_pd(panel), high = _mm256_loadu_pd(panel + 4);
+        Doubles columns = load_doubles(panel);
 #pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            __m256d value = _mm256_broadcast_sd(up + i * rank + k);
-            sums[i][0] = _mm256_fmadd_pd(value, low, sums[i][0]);
-            sums[i][1] = _mm256_fmadd_pd(value, high, sums[i][1]);
-        }
+        for (int i = 0; i < rows; i++)
+            sums[i] = multiply_add(all_doubles(up[i * rank + k]), columns, sums[i]);
     }
     int is_whole = column + TILE_COLUMNS <= all->columns;
     size_t valid = (size_t)(is_whole ? TILE_COLUMNS : all->columns - column);
@@ -252,13 +221,11 @@ INLINE void low_rank_tile(LowRank *all, const double *up, const double *panel, i
         char *to = all->out + place * out_width;
         float ends[2][TILE_COLUMNS] = {{0}};
         if (!is_whole) memcpy(ends[0], from, valid * target_width);
-        __m128 low = _mm256_cvtpd_ps(_mm256_mul_pd(sums[i][0], all->factor));
-        __m128 high = _mm256_cvtpd_ps(_mm256_mul_pd(sums[i][1], all->factor));
-        __m256 delta = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
-        __m256 values = widen(is_whole ? from : (const char *)ends[0], 0, all->target_dtype);
-        __m256 sum = _mm256_add_ps(values, delta);
-        all->deltas = _mm256_or_ps(all->deltas, delta);
-        all->outside = _mm256_or_ps(all->outside, out_of_range(sum, all->limit));
+        Floats delta = scaled(sums[i], all->factor);
+        Floats values = widen(is_whole ? from : (const char *)ends[0], 0, all->target_dtype);
+        Floats sum = add(values, delta);
+        all->deltas = either(all->deltas, delta);
+        all->outside = either(all->outside, out_of_range(sum, all->limit));
         narrow(is_whole ? to : (char *)ends[1], 0, all->out_dtype, sum);
         if (!is_whole) memcpy(to, ends[1], valid * out_width);
     }
@@ -276,10 +243,10 @@ TARGET API int fused_add_low_rank(void *out, int out_dtype, const void *target, 
                    target_dtype,
                    rank,
                    columns,
-                   _mm256_set1_pd(factor),
+                   all_doubles(factor),
                    limit_of(out_dtype),
-                   _mm256_setzero_ps(),
-                   _mm256_setzero_ps()};
+                   all_floats(0),
+                   all_floats(0)};
     for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
         int64_t row = 0;
         for (; row + TILE_ROWS <= rows; row += TILE_ROWS)

@@ -3,7 +3,8 @@
 Torch needs a pass for every operation: widen three inputs, subtract, scale, add, look at the range,
 round. `fused.c` does the same to registers, and multiplies a LoRA's factors into them, so that its
 float64 product never goes to memory. Where it was not compiled, or the processor is not one it
-knows, torch computes the same bits.
+knows, torch computes the same bits. It knows x86-64 with AVX2, FMA and F16C, which it asks the
+processor for, and AArch64 (Apple silicon, Graviton), all of which have what it needs.
 """
 
 from __future__ import annotations
