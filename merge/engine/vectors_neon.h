@@ -1,4 +1,7 @@
-/* The vectors of `fused.c` on little-endian AArch64: Apple silicon, Graviton and the like. */
+/* The vectors of `fused.c` on little-endian AArch64: Apple silicon, Graviton and the like.
+
+   That they have the bits of x86-64 is shown under an emulator, `tests/test_fused_arm64.py`; and every
+   process compares with numpy before it uses the library. */
 
 #include <arm_neon.h>
 
