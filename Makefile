@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-models style quality test test-slow bench gpu-check clean
+.PHONY: help setup setup-dev dist demo demo-models style quality test test-slow bench gpu-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,10 @@ $(VENV)/.setup: pyproject.toml $(FUSED) $(VENV)/.torch
 
 $(VENV)/.setup-dev: pyproject.toml $(FUSED) $(VENV)/.torch
 	$(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.setup
+
+$(VENV)/.setup-dist: pyproject.toml $(FUSED) $(VENV)/.torch
+	$(PY) -m pip install --quiet --editable '.[dist]'
 	@touch $@ $(VENV)/.setup
 
 setup: $(VENV)/.setup  ## Make .venv and install the package
@@ -75,6 +79,11 @@ bench: $(VENV)/.setup-dev  ## Time a full-size merge and an edit against what on
 # Runs with the python that has CUDA: make gpu-check PY=python3
 gpu-check:  ## Every test and benchmark that needs a CUDA device, and one summary
 	@$(PY) scripts/bench/gpu_check.py
+
+# For a wheel of another machine, too: make dist CROSS=aarch64-linux-gnu-gcc
+dist: $(VENV)/.setup-dist  ## Make the source archive and the wheels to publish, check them
+	rm -rf dist
+	$(PY) scripts/dist.py $(CROSS:%=--cross %)
 
 clean:  ## Remove what the other targets made, .venv excepted
 	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,14 @@
 """Compile `merge/engine/fused.c` while the package is built or installed for editing.
 
 A hook of the build backend. Without a C compiler the package is whole all the same: torch then
-computes what the library would, in some more passes over memory.
+computes what the library would, in some more passes over memory. `CC` names another compiler, also
+one for another machine: the wheel's tag says what its library runs on.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
@@ -18,6 +20,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import sys_tags
 
 FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
+
+# From `e_machine` of an ELF header to a tag's last part.
+MACHINES = {62: "x86_64", 183: "aarch64"}
+# The oldest glibc that a manylinux tag stands for on both of them. Source: PEP 599.
+OLDEST = (2, 17)
 
 
 class FusedHook(BuildHookInterface):
@@ -38,7 +45,8 @@ class FusedHook(BuildHookInterface):
         # Git ignores it, and what Git ignores is otherwise left out.
         build_data["artifacts"].append("merge/engine/_fused.so")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{next(sys_tags()).platform}"
+        # ctypes loads it: it knows nothing of Python's versions.
+        build_data["tag"] = f"py3-none-{platform_of(library)}"
 
 
 def compile_library(source: Path, library: Path) -> bool:
@@ -55,3 +63,19 @@ def compile_library(source: Path, library: Path) -> bool:
         except (OSError, subprocess.CalledProcessError):
             return False
     return True
+
+
+def platform_of(library: Path) -> str:
+    """Return the platform tag of a wheel that holds this library and no other.
+
+    With glibc alone that is the manylinux tag of the newest symbol version that it asks for; else
+    this machine's own tag, which PyPI takes on macOS and not on Linux. Source: PEP 600.
+    """
+    data = library.read_bytes()
+    machine = MACHINES.get(int.from_bytes(data[18:20], "little"))
+    versions = re.findall(rb"(?<=\0)GLIBC_(\d+)\.(\d+)", data)
+    needed = set(re.findall(rb"(?<=\0)lib[\w+-]+\.so[.\d]*(?=\0)", data))
+    if not data.startswith(b"\x7fELF") or not machine or not versions or needed != {b"libc.so.6"}:
+        return next(sys_tags()).platform
+    major, minor = max(OLDEST, *((int(one), int(other)) for one, other in versions))
+    return f"manylinux_{major}_{minor}_{machine}"
