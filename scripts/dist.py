@@ -1,10 +1,10 @@
 """Make what is published: a source archive, a wheel with the compiled sums, and one without.
 
 The wheels are built from the archive, so it holds all that they need. pip takes the wheel whose tag
-fits a machine best: the compiled one where its library runs, else the pure one, `any`. On arm64
-Linux that means the bits of the compiled sums from torch, slower, unless a wheel of `--cross
-aarch64-linux-gnu-gcc` is published, too, or users compile it themselves:
-`pip install --no-binary instruct-merge instruct-merge`.
+fits a machine best: the compiled one where its library runs, else the pure one, `any`. With that
+one torch makes the sums, the same bits but slower, also on macOS and arm64 Linux, where they would
+compile: `pip install --no-binary instruct-merge instruct-merge` does that. With
+`--cross aarch64-linux-gnu-gcc` there is a compiled wheel for arm64 Linux, too.
 
 The same sources and compiler make the same bytes: times are SOURCE_DATE_EPOCH or the backend's own.
 """

@@ -146,23 +146,58 @@ def run(*words: object, folder: Path) -> str:
     return done.stdout
 
 
-def install(file: Path, folder: Path) -> Path:
-    """Install into a fresh environment that borrows all dependencies; return its programs' folder.
+def borrow(environment: Path) -> None:
+    """Lend an environment what is installed in this one.
 
     Borrowed folders are searched last, and their own .pth files are not read: an installation for
     editing that this environment has does not come along.
     """
-    run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
-    programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site,) = environment.glob("lib/python*/site-packages")
     borrowed = [path for path in sys.path if Path(path).name == "site-packages"]
     (site / "borrowed.pth").write_text("\n".join(borrowed))
+
+
+def install(file: Path, folder: Path) -> Path:
+    """Install into a fresh environment that borrows all else; return its programs' folder."""
+    run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
+    borrow(folder / "venv")
+    programs = folder / "venv" / "bin"
     run(
         programs / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
         "--ignore-installed", "--no-build-isolation", "--disable-pip-version-check", file,
         folder=folder,
     )  # fmt: skip
     return programs
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    ("platform", "kind"),
+    [
+        ("manylinux_2_17_x86_64", "compiled"),
+        ("manylinux_2_17_aarch64", "pure"),
+        ("macosx_14_0_arm64", "pure"),
+        ("", "archive"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="not x86-64")
+def test_pip_takes_the_compiled_wheel_where_it_runs(
+    files: dict[str, Path], tmp_path: Path, platform: str, kind: str
+) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "venv", folder=tmp_path)
+    # pip asks an archive for its name by the build backend, which is borrowed.
+    borrow(tmp_path / "venv")
+    words = ["--only-binary", ":all:", "--platform", platform]
+    if not platform:
+        words = ["--no-binary", "instruct-merge", "--no-build-isolation"]
+    run(
+        tmp_path / "venv" / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps",
+        "--no-index", "--disable-pip-version-check", "--find-links", files["pure"].parent,
+        "--dest", "taken", *words, "instruct-merge",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == [files[kind].name]
 
 
 @pytest.fixture(scope="module")
