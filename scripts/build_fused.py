@@ -19,6 +19,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import sys_tags
 
+# GCC and clang know them, on Linux and macOS; Python loads a .so on both.
 FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
 
 # From `e_machine` of an ELF header to a tag's last part.
