@@ -121,20 +121,20 @@ def run_benchmark(name: str, words: list[str]) -> Part:
 def run(command: list[str]) -> tuple[int, str, float]:
     """Run a command, pass its output on as it comes, and return it too."""
     started = time.perf_counter()
-    child = subprocess.Popen(
+    lines = []
+    with subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert child.stdout is not None
-    lines = []
-    for line in child.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return child.wait(), "".join(lines), time.perf_counter() - started
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return child.returncode, "".join(lines), time.perf_counter() - started
 
 
 def summary(parts: list[Part]) -> str:
