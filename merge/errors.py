@@ -5,7 +5,7 @@
     ├─ SourceError                 4   a model or a picture cannot be had
     │  ├─ SourceNotFoundError          no such folder, file, repository or revision
     │  ├─ OfflineError                 not in the cache, and the Hub may not be asked
-    │  │  └─ RangeError                it sends files only as a whole
+    │  │  └─ NoRangesError             it sends files only as a whole
     │  ├─ IntegrityError               SHA-256 differs from the recipe, or the input changed
     │  └─ ImageError                   not a picture that can be edited
     ├─ CheckpointError             5   a weight file breaks its format
@@ -91,7 +91,7 @@ class OfflineError(SourceError):
     """A file is not in the local cache and the Hub may not be asked."""
 
 
-class RangeError(OfflineError):
+class NoRangesError(OfflineError):
     """The Hub, or a proxy before it, sends files only as a whole and not by ranges."""
 
 

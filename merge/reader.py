@@ -29,7 +29,19 @@ from merge.pickles import (
     read_table,
 )
 
-_SCALAR_FORMATS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
+_SCALAR_FORMATS = {
+    "F16": "<e",
+    "F32": "<f",
+    "F64": "<d",
+    "I8": "<b",
+    "I16": "<h",
+    "I32": "<i",
+    "I64": "<q",
+    "U8": "<B",
+    "U16": "<H",
+    "U32": "<I",
+    "U64": "<Q",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ LAYERS = {
     "kinds": 1,
     "lora": 1,
     "methods": 1,
+    "modelspec": 1,
     "portable": 1,
     "secrets": 1,
     "workers": 1,

@@ -233,7 +233,7 @@ def test_the_header_says_where_a_merge_came_from(tiny_sd15: Path, tmp_path: Path
     assert kept.items() <= metadata.items()
     assert metadata["modelspec.title"] == "mine"
     assert metadata["modelspec.predict_key"] == "v"
-    assert metadata["modelspec.sai_model_spec"] == "1.0.0"
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
     assert "other" not in metadata
     assert metadata["modelspec.implementation"] != "diffusers"
     convert(tmp_path / "mine.safetensors", tmp_path / "back", config=target)

@@ -30,7 +30,7 @@ from merge.errors import (
     ResumeError,
 )
 from merge.reader import read_header
-from merge.writer.journal import JOURNAL_NAME, Checkpoint, Journal
+from merge.writer.journal import JOURNAL_NAME, Journal, JournalMark
 from tests.mini import contents, random_tensors, write_models, write_recipe, write_unet
 from tests.together import exit_codes
 
@@ -75,7 +75,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """End the next run as its journal gets its `count`-th checkpoint."""
     add, seen = Journal.add, [0]
 
-    def counted(self: Journal, checkpoint: Checkpoint) -> None:
+    def counted(self: Journal, checkpoint: JournalMark) -> None:
         add(self, checkpoint)
         seen[0] += 1
         if seen[0] == count:
@@ -269,7 +269,7 @@ def test_a_failure_keeps_nothing(place: Path) -> None:
 
 def test_a_checkpoint_is_the_same_after_a_journal(tmp_path: Path) -> None:
     facts = {"the recipe": "x"}
-    written = Checkpoint("unet/a", 3, 99, "f" * 64, ("k",), {"j": 2})
+    written = JournalMark("unet/a", 3, 99, "f" * 64, ("k",), {"j": 2})
     with Journal.open(tmp_path / "j", facts) as journal:
         assert journal.checkpoints == ()
         journal.add(written)
@@ -302,7 +302,7 @@ def test_where_locks_do_nothing_a_run_that_is_overtaken_ends_and_harms_nothing(
     count = {"before the weights": 1, "between them": 16, "after them": 32}[moment]
     add, seen = Journal.add, [0]
 
-    def overtaken(self: Journal, checkpoint: Checkpoint) -> None:
+    def overtaken(self: Journal, checkpoint: JournalMark) -> None:
         add(self, checkpoint)
         seen[0] += 1
         if seen[0] == count:

@@ -16,7 +16,7 @@ import merge.engine.lane as lane
 import merge.engine.terms as terms
 from merge import load_recipe, run_recipe
 from merge.engine.fused import load_library
-from merge.engine.settle import Product, settle
+from merge.engine.settle import Factored, settle
 from merge.errors import NonFiniteError
 from tests.mini import contents, write_models, write_recipe
 
@@ -68,7 +68,7 @@ def test_sums_next_to_a_tie_are_made_again_in_order(multiply: Multiply, factor: 
     found = multiply(up, down)
     if multiply is not torch.mm:
         assert ((found * factor).float() != expected).any()
-    assert settle(found, [Product(up, down, 1.0)], factor) == found.numel()
+    assert settle(found, [Factored(up, down, 1.0)], factor) == found.numel()
     assert torch.equal((found * factor).float(), expected)
 
 
@@ -87,7 +87,7 @@ def test_any_order_settles_to_the_same_float32(data: st.DataObject, order: Multi
 
     scales = data.draw(st.lists(st.sampled_from([1.0, 0.5, -1.5, 0.3]), min_size=1, max_size=3))
     factor = data.draw(st.sampled_from([1.0, 0.7, -0.125]))
-    products = [Product(random(9, rank), random(rank, 14), scale) for scale in scales]
+    products = [Factored(random(9, rank), random(rank, 14), scale) for scale in scales]
     made = [torch.stack([m(p.up, p.down) * p.scale for p in products]) for m in (forward, order)]
     expected, found = (torch.stack(list(each)).cumsum(0)[-1] for each in made)
     settle(found, products, factor)
@@ -99,7 +99,7 @@ def test_other_sums_are_left_alone() -> None:
     up, down = (torch.randn(512, 64, generator=generator).double() for _ in range(2))
     total = up @ down.T
     before = total.clone()
-    assert settle(total, [Product(up, down.T, 1.0)], 0.3) < 100
+    assert settle(total, [Factored(up, down.T, 1.0)], 0.3) < 100
     assert torch.equal((total * 0.3).float(), (before * 0.3).float())
 
 

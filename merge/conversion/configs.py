@@ -12,10 +12,9 @@ from merge.errors import CheckpointError, SourceError, SourceNotFoundError
 from merge.layout import TensorCopy, copies_of, fit_copies
 from merge.plan.compat import WHOLE_HINT
 from merge.reader import read_checkpoint
+from merge.sources.components import refuse_own_code
 from merge.sources.select import companion_files, has_weights, plain_name, select_weights
 
-# Libraries whose classes a pipeline may name; anything else is code that came with the model.
-_KNOWN_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 _CONVERTED = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Component, key of its config, tensor, and which of its dimensions the key gives.
 _SIZES = (
@@ -74,11 +73,7 @@ def read_configs(folder: Path) -> Configs:
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         part = folder / name
-        if entry[0] not in _KNOWN_LIBRARIES:
-            raise SourceError(
-                f"component {name} of {folder} is code of its own ({entry[0]}.{entry[1]})",
-                hint="only components of diffusers and transformers can be copied",
-            )
+        refuse_own_code(name, entry, str(folder))
         if "/" in name or name.startswith(".") or not part.is_dir():
             raise SourceNotFoundError(f"{folder} lacks the folder of its component {name}")
         names = {str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()}

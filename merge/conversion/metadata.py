@@ -6,18 +6,11 @@ from collections.abc import Mapping
 
 from merge.errors import CheckpointError
 from merge.keymap import UNetArchitecture
+from merge.modelspec import modelspec, prediction_word
 from merge.plan.model import DIGEST_KEY
 
 EDIT_CHANNELS = 8
-_ARCHITECTURES = {
-    ("sd15", False): "stable-diffusion-v1",
-    ("sd15", True): "stable-diffusion-v1-edit",
-    ("sdxl", False): "stable-diffusion-xl-v1-base",
-    ("sdxl", True): "stable-diffusion-xl-v1-edit",
-}
 _IMPLEMENTATIONS = {"sd15": "https://github.com/CompVis/stable-diffusion", "sdxl": "sgm"}
-# Where ModelSpec's word is another than diffusers'.
-_PREDICTIONS = {"v_prediction": "v"}
 # What a UNet's header says that is as true of the single file.
 _KEPT = (DIGEST_KEY, "modelspec.resolution", "modelspec.merged_from")
 
@@ -40,25 +33,25 @@ def single_file_metadata(
     Raises:
         CheckpointError: the family has no single-file layout that is known here.
 
-    Source: https://github.com/Stability-AI/ModelSpec; the architecture of edit models and
-    `predict_key` are those that ComfyUI writes.
+    Source: `predict_key` is ComfyUI's.
     """
     if unet.family not in _IMPLEMENTATIONS:
         raise CheckpointError(
             f"the single-file layout of {unet.title} models is not supported",
             hint="Stable Diffusion 1.x and XL models can be converted",
         )
-    predicts = _PREDICTIONS.get(prediction_type, prediction_type)
     kept = {key: value for key, value in (inherited or {}).items() if key in _KEPT}
     return {
         "format": "pt",
         **kept,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES[unet.family, unet.in_channels == EDIT_CHANNELS],
-        "modelspec.implementation": _IMPLEMENTATIONS[unet.family],
-        "modelspec.title": title,
-        "modelspec.predict_key": predicts,
-        "modelspec.prediction_type": predicts,
+        **modelspec(
+            unet.family,
+            is_edit=unet.in_channels == EDIT_CHANNELS,
+            implementation=_IMPLEMENTATIONS[unet.family],
+            title=title,
+            prediction_type=prediction_type,
+        ),
+        "modelspec.predict_key": prediction_word(prediction_type),
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from merge.engine.device import device_errors
-from merge.engine.lane import Lane, RangeError
+from merge.engine.lane import Lane, OutOfRangeError
 from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge.plan.model import ComponentPlan, MergePlan
@@ -125,7 +125,7 @@ def _run_workers(lanes: list[Lane], queue: WorkQueue) -> None:
     if failures:
         # The first failure in file order, so that the message does not depend on the threads.
         unit, lane, error = min(failures, key=lambda item: (item[0].tensor, item[0].start))
-        raise lane.diagnose(unit.tensor) if isinstance(error, RangeError) else error
+        raise lane.diagnose(unit.tensor) if isinstance(error, OutOfRangeError) else error
 
 
 def _run_unit(lane: Lane, unit: Unit, queue: WorkQueue) -> None:

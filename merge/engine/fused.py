@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, Buffers
-from merge.engine.settle import Product
+from merge.engine.settle import Factored
 from merge.plan.memory import panel_elements
 from merge.plan.model import TensorPlan
 
@@ -176,7 +176,7 @@ class FusedAdder:
         )
         return self._result(tensor, count, flags)
 
-    def pack(self, product: Product) -> LowRank:
+    def pack(self, product: Factored) -> LowRank:
         """Lay out the factors of a LoRA for `add_low_rank`; they stay until the next call."""
         up, down, factor = product.up, product.down, product.scale
         rank, columns = down.shape

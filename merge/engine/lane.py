@@ -257,7 +257,7 @@ class Lane:
     @staticmethod
     def _check_finite(tensor: TensorPlan, values: torch.Tensor) -> None:
         if not _bound_of_squares(values) < math.inf and not bool(torch.isfinite(values).all()):
-            raise RangeError(tensor.key)
+            raise OutOfRangeError(tensor.key)
 
     def _prefetch(self, tensor: TensorPlan, unit: Unit) -> None:
         refs = [tensor.target]
@@ -345,9 +345,9 @@ class Lane:
         if self._on_overflow == "count":
             return
         if self._on_overflow == "error" or values.isnan().any():
-            raise RangeError(tensor.key)
+            raise OutOfRangeError(tensor.key)
         if not bool(finite.all()) and self._has_bad_input(tensor, start, len(values)):
-            raise RangeError(tensor.key)
+            raise OutOfRangeError(tensor.key)
         largest = _LARGEST[tensor.dtype_out]
         if self._on_overflow == "clamp":
             values.clamp_(-largest, largest)
@@ -355,7 +355,7 @@ class Lane:
         original = self._buffers.read_float(tensor.target, start, len(values), 1)
         values[too_large] = original[too_large]
         if bool((values.abs() >= _OVERFLOW[tensor.dtype_out]).any()):
-            raise RangeError(tensor.key)
+            raise OutOfRangeError(tensor.key)
 
 
 def _bound_of_squares(values: torch.Tensor) -> float:
@@ -372,5 +372,5 @@ def _bound_of_squares(values: torch.Tensor) -> float:
     return largest * largest
 
 
-class RangeError(NonFiniteError):
+class OutOfRangeError(NonFiniteError):
     """A block is out of range; `Lane.diagnose` finds out the rest."""

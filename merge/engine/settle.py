@@ -21,7 +21,7 @@ _STEP_ELEMENTS = 128 * 1024
 
 
 @dataclass(frozen=True)
-class Product:
+class Factored:
     """One term of a sum, `(up @ down) * scale`.
 
     Attributes:
@@ -35,7 +35,7 @@ class Product:
     scale: float
 
 
-def settle(total: torch.Tensor, products: Sequence[Product], factor: float) -> int:
+def settle(total: torch.Tensor, products: Sequence[Factored], factor: float) -> int:
     """Replace values of a sum that another order could round to another float32, in place.
 
     Args:
@@ -66,7 +66,7 @@ def settle(total: torch.Tensor, products: Sequence[Product], factor: float) -> i
     return count
 
 
-def _bound(product: Product, terms: int, factor: float) -> torch.Tensor:
+def _bound(product: Factored, terms: int, factor: float) -> torch.Tensor:
     """Return how far two orders of a product's sums may be apart, `(columns,)` for rows of norm 1.
 
     For a sum of `rank` exact products that is `2 * (rank - 1)` roundoffs of the sum of their
@@ -80,7 +80,7 @@ def _bound(product: Product, terms: int, factor: float) -> torch.Tensor:
 
 
 def _in_order(
-    products: Sequence[Product], rows: torch.Tensor, columns: torch.Tensor
+    products: Sequence[Factored], rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
     """Return some values of a sum of products, each summed from the first of its rank on."""
     total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)

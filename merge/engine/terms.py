@@ -9,7 +9,7 @@ import torch
 
 from merge.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
-from merge.engine.settle import Product, settle
+from merge.engine.settle import Factored, settle
 from merge.lora import delta_rows, dora_delta_columns, dora_delta_rows, row_steps
 from merge.methods import METHODS, add_difference
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
@@ -176,7 +176,7 @@ class TermAdder:
     def _is_lone(tensor: TensorPlan) -> bool:
         return len(tensor.loras) == 1 and tensor.loras[0].base is None
 
-    def low_rank(self, tensor: TensorPlan, factors: Sequence[Factors]) -> Product | None:
+    def low_rank(self, tensor: TensorPlan, factors: Sequence[Factors]) -> Factored | None:
         """Return a row's only adapter and the scale that it lacks, from `read_factors`.
 
         None for what is not a product of two matrices alone.
@@ -318,11 +318,11 @@ class TermAdder:
         return changed
 
 
-def _matrices(term: LoraTerm, factors: Factors, first: int, rows: int, scale: float) -> Product:
+def _matrices(term: LoraTerm, factors: Factors, first: int, rows: int, scale: float) -> Factored:
     """Return the factors of some rows of a plain LoRA as matrices."""
     up, down = factors["up"], factors["down"]
     part = up.reshape(term.rows, -1)[first : first + rows]
-    return Product(part, down.reshape(len(down), -1), scale)
+    return Factored(part, down.reshape(len(down), -1), scale)
 
 
 def _depends_on_order(terms: Sequence[LoraTerm]) -> bool:

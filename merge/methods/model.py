@@ -23,7 +23,7 @@ class Param:
         minimum: Smallest value; None for a boolean.
         maximum: Largest value; None for a boolean.
         kind: `number`, `integer` or `boolean`.
-        doc: One line.
+        doc: What it is, for messages.
         is_open: True when the value must lie above `minimum`, not at it.
     """
 
@@ -38,10 +38,10 @@ class Param:
     def problem(self, value: object) -> str | None:
         """Return what is wrong with a value, None when nothing is."""
         if self.kind == "boolean":
-            return None if isinstance(value, bool) else f"{value!r} is not {_KINDS[self.kind]}"
+            return None if isinstance(value, bool) else self._is_not(value)
         allowed = int if self.kind == "integer" else (int, float)
         if isinstance(value, bool) or not isinstance(value, allowed):
-            return f"{value!r} is not {_KINDS[self.kind]}"
+            return self._is_not(value)
         assert isinstance(value, int | float)
         assert self.minimum is not None
         assert self.maximum is not None
@@ -49,7 +49,10 @@ class Param:
         if is_above and value <= self.maximum:
             return None
         lowest = f"{self.minimum} (not {self.minimum} itself)" if self.is_open else self.minimum
-        return f"{value} is not within {lowest} to {self.maximum}"
+        return f"{value} is not within {lowest} to {self.maximum}: {self.doc}"
+
+    def _is_not(self, value: object) -> str:
+        return f"{value!r} is not {_KINDS[self.kind]}: {self.doc}"
 
 
 @dataclass(frozen=True, slots=True)

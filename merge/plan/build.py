@@ -8,6 +8,7 @@ from merge.errors import PlanError
 from merge.header import encode_header
 from merge.layout import TensorCopy
 from merge.methods import METHODS
+from merge.modelspec import modelspec
 from merge.plan.compat import describe_roles, open_sources
 from merge.plan.copied import read_copied
 from merge.plan.model import (
@@ -28,13 +29,7 @@ WEIGHT_FILES = {
     "text_encoder_2": "text_encoder_2/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
 }
-_ARCHITECTURE_IDS = {
-    "sd15": "stable-diffusion-v1-edit",
-    "sd21": "stable-diffusion-v2-edit",
-    "sdxl": "stable-diffusion-xl-v1-edit",
-}
 _SINGLE_FILE_FAMILIES = ("sd15", "sdxl")
-_PREDICTION_IDS = {"v_prediction": "v"}  # where ModelSpec's word is another than diffusers'
 
 
 def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
@@ -131,25 +126,22 @@ def _relaid_bytes(relaid: Mapping[str, Sequence[TensorCopy]]) -> int:
 
 
 def _metadata(recipe: Recipe, opened: OpenedSources, component: str) -> dict[str, str]:
-    """Return the strings of an output's header.
-
-    Source: https://github.com/Stability-AI/ModelSpec 1.0.1; architecture ids as ComfyUI writes
-    them for edit models.
-    """
+    """Return the strings of an output's header."""
     assert opened.target.unet is not None
     common = {"format": "pt", DIGEST_KEY: DIGEST_PLACEHOLDER}
     if component != "unet":
         return common
     size = recipe.verify.resolution
-    predicts = _prediction_type(recipe)
     return {
         **common,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": _ARCHITECTURE_IDS[opened.target.unet.family],
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": recipe.name,
+        **modelspec(
+            opened.target.unet.family,
+            is_edit=True,
+            implementation="diffusers",
+            title=recipe.name,
+            prediction_type=_prediction_type(recipe),
+        ),
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": _PREDICTION_IDS.get(predicts, predicts),
         "modelspec.merged_from": ",".join(parent.model.label for parent in opened.models),
     }
 

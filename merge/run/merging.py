@@ -15,7 +15,7 @@ from merge.errors import DeviceMemoryError, EngineError
 from merge.manifest import FileRecord
 from merge.plan import ComponentPlan, MergePlan, default_threads
 from merge.recipe import Recipe
-from merge.writer import Checkpoint, Journal, OutputFolder, TensorFileWriter
+from merge.writer import Journal, JournalMark, OutputFolder, TensorFileWriter
 
 if TYPE_CHECKING:
     from merge.engine import TensorState
@@ -190,7 +190,7 @@ class _Progress:
     def __init__(self, component: ComponentPlan, journal: Journal) -> None:
         self._component = component
         self._journal = journal
-        self._pending: dict[int, Checkpoint] = {}
+        self._pending: dict[int, JournalMark] = {}
         self._tensors = 0
         self._position = 0
 
@@ -243,7 +243,7 @@ class _Progress:
             )
             if tensor.is_merged
         ]
-        self._pending[position] = Checkpoint(
+        self._pending[position] = JournalMark(
             self._component.file_name,
             len(states),
             position,

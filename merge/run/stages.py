@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from merge._version import __version__
 from merge.card import CARD_NAME, draft_card
 from merge.conversion.metadata import single_file_metadata
-from merge.errors import RangeError
+from merge.errors import NoRangesError
 from merge.export import ExportFiles, plan_export
 from merge.keymap import detect_unet
 from merge.lock import Lock, build_lock
@@ -158,7 +158,7 @@ class _Run:
             sources = self.lock.pin(sources)
         if not all(file.is_present for model in sources.models for file in model.files):
             # What does not fit together is said now, from headers, and not after gigabytes.
-            with contextlib.suppress(RangeError):
+            with contextlib.suppress(NoRangesError):
                 build_plan(self.recipe, sources)
             fetch_sources(sources, lambda done, total: self._progress("download", done, total))
         return sources

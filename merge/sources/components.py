@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,7 @@ def select_components(
     for name, entry in sorted(index.items()):
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
-        if entry[0] not in _KNOWN_LIBRARIES:
-            raise SourceError(
-                f"component {name} of {label} is code of its own ({entry[0]}.{entry[1]})",
-                hint="only components of diffusers and transformers can be exported",
-            )
+        refuse_own_code(name, entry, label)
         if name in ("unet", "scheduler"):
             continue
         if "/" in name or name.startswith("."):
@@ -86,6 +82,24 @@ def select_components(
             _check_copied_shards(weights, where)
         selected[name] = (weights, companion_files(names))
     return selected
+
+
+def refuse_own_code(name: str, entry: Sequence[Any], label: str) -> None:
+    """Refuse a component whose class came with the model.
+
+    Args:
+        name: The component.
+        entry: What the pipeline's index says of it: library and class.
+        label: The pipeline's name in messages.
+
+    Raises:
+        SourceError: its library is none of those that are installed.
+    """
+    if entry[0] not in _KNOWN_LIBRARIES:
+        raise SourceError(
+            f"component {name} of {label} is code of its own ({entry[0]}.{entry[1]})",
+            hint="only components of diffusers and transformers can be exported",
+        )
 
 
 def _check_copied_shards(weights: Weights, where: str) -> None:

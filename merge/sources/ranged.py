@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from merge.errors import IntegrityError, RangeError
+from merge.errors import IntegrityError, NoRangesError
 from merge.reader import ByteReader, FileReader, FileStamp, Opener
 from merge.sources.hub_errors import hub_errors, naming
 from merge.sources.model import HubFile, SourceFile
@@ -170,7 +170,7 @@ class RangedFile:
             match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if response.status_code != 206 or match is None:
                 # The answer is the whole file, which is not read.
-                raise RangeError(
+                raise NoRangesError(
                     f"the Hub sends {self._hub.name} of {self._hub.repo} only as a whole",
                     hint="`hf download` gets it into the cache, where its header can be read",
                 )

@@ -2,13 +2,13 @@
 
 from merge.writer.file import OutputFile, write_atomically
 from merge.writer.folder import OutputFolder
-from merge.writer.journal import Checkpoint, Journal
+from merge.writer.journal import Journal, JournalMark
 from merge.writer.overlap import refuse_overlap
 from merge.writer.tensors import TensorFileWriter
 
 __all__ = [
-    "Checkpoint",
     "Journal",
+    "JournalMark",
     "OutputFile",
     "OutputFolder",
     "TensorFileWriter",

@@ -24,7 +24,7 @@ JOURNAL_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class JournalMark:
     """A part of a tensor file that is final.
 
     Attributes:
@@ -47,7 +47,7 @@ class Checkpoint:
 class Journal:
     """The journal of one unfinished output, locked while it is open."""
 
-    def __init__(self, path: Path, descriptor: int, checkpoints: tuple[Checkpoint, ...]) -> None:
+    def __init__(self, path: Path, descriptor: int, checkpoints: tuple[JournalMark, ...]) -> None:
         self.path = path
         self.checkpoints = checkpoints
         self._fd = descriptor
@@ -81,7 +81,7 @@ class Journal:
                 _append(descriptor, path, head)
                 return Journal(path, descriptor, ())
             _check_facts(lines[0], facts, path)
-            return Journal(path, descriptor, _checkpoints(lines[1:]))
+            return Journal(path, descriptor, _marks(lines[1:]))
         except BaseException:
             os.close(descriptor)
             raise
@@ -97,7 +97,7 @@ class Journal:
     ) -> None:
         os.close(self._fd)
 
-    def add(self, checkpoint: Checkpoint) -> None:
+    def add(self, checkpoint: JournalMark) -> None:
         """Append a line.
 
         Raises:
@@ -157,11 +157,11 @@ def _check_facts(head: Mapping[str, Any], facts: Mapping[str, str], path: Path) 
         )
 
 
-def _checkpoints(lines: list[dict[str, Any]]) -> tuple[Checkpoint, ...]:
+def _marks(lines: list[dict[str, Any]]) -> tuple[JournalMark, ...]:
     found = []
     for line in lines:
         try:
-            found.append(Checkpoint(**{**line, "unchanged": tuple(line["unchanged"])}))
+            found.append(JournalMark(**{**line, "unchanged": tuple(line["unchanged"])}))
         except (KeyError, TypeError):
             break
     return tuple(found)
