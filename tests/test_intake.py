@@ -324,6 +324,18 @@ def test_constants_of_the_second_encoder_are_left_out(tiny_sdxl: Path, tmp_path:
 
 def test_unknown_keys_can_be_excluded(tiny_sd15: Path, single: Tensors, tmp_path: Path) -> None:
     odd = {"odd.table": torch.ones(3), "odd.other": torch.ones(2)}
+    inside = (
+        "model.diffusion_model.input_blocks.1.9.weight",
+        "first_stage_model.encoder.strange",
+        "cond_stage_model.transformer.text_model.strange",
+    )
+    for key in inside:
+        target = write_single(tmp_path, {**single, key: torch.ones(2)}, tiny_sd15 / "target")
+        recipe_over(tmp_path, tiny_sd15, target)
+        with pytest.raises(CheckpointError, match=key.rpartition(".")[2]):
+            plan_of(tmp_path)
+        left = {item.key for item in plan_of(tmp_path, f"exclude=['{key}']").left_out}
+        assert key in left
     target = write_single(tmp_path, {**single, **odd}, tiny_sd15 / "target")
     recipe_over(tmp_path, tiny_sd15, target)
     with pytest.raises(CheckpointError, match=r"no part of an LDM/SGM file: odd\.other, odd") as e:

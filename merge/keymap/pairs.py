@@ -17,6 +17,7 @@ TRANSPOSED = "transposed"
 # Query, key and value one below the other there, a tensor each here.
 FUSED = "fused"
 FUSED_PARTS = 3
+UNKNOWN_KEY_HINT = "if it is of no use, leave it out by `exclude` with its name or a glob"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from merge.keymap.text import (
     open_clip_to_single,
     single_to_clip,
     single_to_open_clip,
+    unknown_to_clip,
 )
-from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
-from merge.keymap.vae import VAE_PREFIX, single_to_vae, vae_to_single
+from merge.keymap.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm, unknown_to_unet
+from merge.keymap.vae import VAE_PREFIX, single_to_vae, unknown_to_vae, vae_to_single
 from merge.kinds import is_marker
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -97,7 +98,7 @@ def split_single_file(names: Collection[str]) -> SplitFile:
         )
     left_out = {name: reason for name in sorted(names) if (reason := _reason(name))}
     rest = [name for name in names if name not in left_out]
-    if unknown := unknown_keys(names):
+    if unknown := _outside(rest):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
         raise CheckpointError(
             f"keys that belong to no part of an LDM/SGM file: {shown}",
@@ -119,8 +120,15 @@ def split_single_file(names: Collection[str]) -> SplitFile:
 
 
 def unknown_keys(names: Collection[str]) -> list[str]:
-    """Return the keys of a single file that belong to no part of it, sorted."""
-    return sorted(n for n in names if not n.startswith(_PREFIXES) and not _reason(n))
+    """Return the keys of a single file that no part of it knows, sorted: exclusions may be."""
+    rest = [name for name in names if not _reason(name)]
+    unet = unknown_to_unet(strip(rest, LDM_UNET_PREFIX))
+    inside = [*(LDM_UNET_PREFIX + name for name in unet), *unknown_to_vae(rest)]
+    return sorted([*_outside(rest), *inside, *unknown_to_clip(rest)])
+
+
+def _outside(names: Collection[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith(_PREFIXES))
 
 
 def join_single_file(keys: Mapping[str, Collection[str]]) -> SplitFile:

@@ -13,7 +13,15 @@ import re
 from collections.abc import Collection, Iterable
 
 from merge.errors import CheckpointError
-from merge.keymap.pairs import FUSED, SAME, TRANSPOSED, KeyPair, checked_pairs, strip
+from merge.keymap.pairs import (
+    FUSED,
+    SAME,
+    TRANSPOSED,
+    UNKNOWN_KEY_HINT,
+    KeyPair,
+    checked_pairs,
+    strip,
+)
 
 SD15_TEXT_PREFIX = "cond_stage_model.transformer."
 SDXL_TEXT_PREFIX = "conditioner.embedders.0.transformer."
@@ -81,7 +89,9 @@ def single_to_clip(names: Collection[str], prefix: str) -> tuple[KeyPair, ...]:
     for name in strip(names, prefix):
         inner = name.removeprefix(TEXT_MODEL)
         if not _CLIP.fullmatch(inner):
-            raise CheckpointError(f"{prefix}{name}: this is no key of CLIP's text model")
+            raise CheckpointError(
+                f"{prefix}{name}: this is no key of CLIP's text model", hint=UNKNOWN_KEY_HINT
+            )
         pairs.append(KeyPair(TEXT_MODEL + inner, prefix + name))
     return checked_pairs(pairs, "text encoder keys")
 
@@ -133,8 +143,24 @@ def single_to_open_clip(names: Collection[str]) -> tuple[KeyPair, ...]:
             module = _OPEN_LAYER_BACK[match["module"]]
             pairs.append(KeyPair(f"{place}.{module}.{match['leaf']}", single))
         else:
-            raise CheckpointError(f"{single}: this is no key of an OpenCLIP text model")
+            raise CheckpointError(
+                f"{single}: this is no key of an OpenCLIP text model", hint=UNKNOWN_KEY_HINT
+            )
     return checked_pairs(pairs, "text_encoder_2 keys")
+
+
+def unknown_to_clip(names: Collection[str]) -> list[str]:
+    """Return keys with a text encoder's prefix that are not one of its."""
+    found = []
+    for prefix in (SD15_TEXT_PREFIX, SDXL_TEXT_PREFIX):
+        inner = strip(names, prefix)
+        found += [prefix + n for n in inner if not _CLIP.fullmatch(n.removeprefix(TEXT_MODEL))]
+    for name in strip(names, SDXL_TEXT_2_PREFIX):
+        match = _BLOCK.fullmatch(name)
+        is_layer = match and (match["fused"] or match["module"] in _OPEN_LAYER_BACK)
+        if not is_layer and name not in _OPEN_TOP_BACK and name != "logit_scale":
+            found.append(SDXL_TEXT_2_PREFIX + name)
+    return found
 
 
 def _to_open(key: str) -> tuple[str, str, int] | None:

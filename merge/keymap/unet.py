@@ -84,6 +84,13 @@ def ldm_to_unet(names: Iterable[str]) -> dict[str, str]:
     return one_to_one(((name, _checked(name, layout.to_diffusers(name))) for name in names), "UNet")
 
 
+def unknown_to_unet(names: Iterable[str]) -> list[str]:
+    """Return single-file keys of a UNet, without their prefix, that have no diffusers name."""
+    names = sorted(names)
+    layout = _Layout.of_ldm(names)
+    return [name for name in names if layout.to_diffusers(name) is None]
+
+
 def _checked(key: str, name: str | None) -> str:
     if name is None:
         raise CheckpointError(

@@ -12,7 +12,14 @@ import re
 from collections.abc import Collection, Iterable
 
 from merge.errors import CheckpointError
-from merge.keymap.pairs import POINTWISE, SAME, KeyPair, checked_pairs, strip
+from merge.keymap.pairs import (
+    POINTWISE,
+    SAME,
+    UNKNOWN_KEY_HINT,
+    KeyPair,
+    checked_pairs,
+    strip,
+)
 
 VAE_PREFIX = "first_stage_model."
 
@@ -83,10 +90,19 @@ def single_to_vae(names: Collection[str]) -> tuple[KeyPair, ...]:
     for name in inner:
         found = _to_diffusers(name, last)
         if found is None:
-            raise CheckpointError(f"{VAE_PREFIX}{name}: this is no key of a VAE")
+            raise CheckpointError(
+                f"{VAE_PREFIX}{name}: this is no key of a VAE", hint=UNKNOWN_KEY_HINT
+            )
         key, form = found
         pairs.append(KeyPair(key, VAE_PREFIX + name, form))
     return checked_pairs(pairs, "VAE keys")
+
+
+def unknown_to_vae(names: Collection[str]) -> list[str]:
+    """Return keys with the VAE's prefix that are not one of its."""
+    inner = strip(names, VAE_PREFIX)
+    last = _last_block(inner, _LDM_LAYER)
+    return [VAE_PREFIX + name for name in inner if _to_diffusers(name, last) is None]
 
 
 def _last_block(keys: Iterable[str], pattern: re.Pattern[str]) -> int:
