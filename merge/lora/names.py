@@ -96,12 +96,13 @@ def simplified(name: str) -> str:
     """Return a module's name without the wrappers of training programs, after its component.
 
     E.g. `unet.mid_block.resnets.0.conv1` for `base_model.model.unet.unet._orig_mod.mid_block...`.
-    A name in Kohya's spelling loses what torch.compile put into it.
+    A name in Kohya's spelling loses what torch.compile put into it, and any dots.
     """
     for part in _COMPILED:
         name = name.replace(part, "")
     if name.startswith(("lora_", "lycoris_")):
-        return name
+        # Some trainers keep the dots after Kohya's prefix: `lora_te1.text_model.encoder...`.
+        return name.replace(".", "_")
     name = _without(name, _WRAPPERS).removeprefix("text_encoders.")
     for prefix, component in _ENCODERS.items():
         if name.startswith(prefix):
