@@ -172,8 +172,8 @@ def test_a_text_encoder_key_that_others_did_not_load_is_resolved(
 REFUSED: dict[str, tuple[Shapes, str]] = {
     "Comfy-Org/ComfyUI#6381": ({f"{KOHYA_TO_K}.on_input": ()}, "IA3 is not supported"),
     "Comfy-Org/ComfyUI#5230": (
-        {"oft_unet_x.oft_diag": (2, 2)},
-        "OFT is not supported",
+        {"oft_unet_x.oft_blocks.0": (2, 2)},
+        r"oft_unet_x\.oft_blocks\.0: not a LoRA key",
     ),
     "Comfy-Org/ComfyUI#14903": ({"x.boft_R": (2, 2)}, "BOFT is not supported"),
     "Nerogar/OneTrainer#485": ({"bundle_emb.word.clip_l": (2, 4)}, "an embedding stored beside"),
