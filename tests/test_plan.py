@@ -331,7 +331,7 @@ def test_lcm_lora_modules_are_planned(tiny_sd15: Path, tmp_path: Path) -> None:
     (term,) = next(tensor for tensor in plan.tensors if tensor.loras).loras
     assert term.scale == 0.5 * 8 / 4
     assert plan.left_out == ()
-    notes = plan_of(tmp_path, f"models.distilled={tiny_sd15 / 'lora_peft.safetensors'}").notes
+    notes = plan_of(tmp_path, f"models.distilled={tiny_sd15 / 'lora_peft.safetensors'}").warnings
     assert any("278 of 278 LoRA modules state no alpha" in note for note in notes)
 
 
