@@ -38,6 +38,10 @@ _UNET_ROOTS = (
     "",
 )
 
+# Tools that merge every tensor of a file average this constant too, into fractions that older
+# loaders cut to integers: one position twice, another never.
+_POSITIONS = "a constant, stored as floats; loaders count positions themselves"
+
 Tensors = dict[str, tuple[int, TensorSpec]]
 
 
@@ -77,6 +81,7 @@ def take_in(checkpoint: Checkpoint, ema: str | bool = AUTO) -> Intake:
     quantized = find_scales({name: spec for name, (_, spec) in tensors.items()})
     left_out = dict(quantized.left_out)
     left_out |= {name: "a marker, not a weight" for name in tensors if is_marker(name)}
+    left_out |= {name: _POSITIONS for name, (_, spec) in tensors.items() if _is_added_up(spec)}
     scales = {weight: tensors[scale] for weight, scale in quantized.scales.items()}
     for name in (*left_out, *quantized.scales.values()):
         del tensors[name]
@@ -147,6 +152,10 @@ def _unet_names(tensors: Mapping[str, tuple[int, TensorSpec]]) -> dict[str, str]
             inner = ldm_to_unet(name.removeprefix(root) for name in tensors)
             return {name: inner[name.removeprefix(root)] for name in tensors}
     return {}
+
+
+def _is_added_up(spec: TensorSpec) -> bool:
+    return spec.name.endswith("embeddings.position_ids") and spec.dtype.startswith(("F", "BF"))
 
 
 def _has_conv(tensors: Mapping[str, tuple[int, TensorSpec]], name: str) -> bool:

@@ -443,6 +443,7 @@ def lokr(**factors: tuple[int, ...]) -> Shapes:
         ({f"{STEM}.on_input": ()}, f"{STEM}.on_input: IA3 is not supported"),
         ({f"{STEM}.a1.weight": (8, 2)}, f"{STEM}.a1.weight: GLoRA is not supported"),
         ({f"{STEM}.oft_blocks": (2, 4, 4)}, f"{STEM}.oft_blocks: OFT is not supported"),
+        ({f"{STEM}.oft_blocks.0": (4, 4)}, f"{STEM}.oft_blocks.0: OFT is not supported"),
         ({f"unet.{TO_Q}.oft_R.weight": (2, 6)}, f"unet.{TO_Q}.oft_R.weight: OFT is not supported"),
         (kohya(TO_Q, (4, 7), (8, 4)), f"{STEM}: its delta has shape [8, 7] and {TO_Q}.weight has"),
         (kohya(TO_Q, (4, 6), (9, 4)), f"{STEM}: its delta has shape [9, 6] and {TO_Q}.weight has"),

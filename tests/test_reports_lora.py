@@ -31,6 +31,7 @@ def pair(stem: str, shape: tuple[int, ...], rank: int = 2, style: str = "lora_do
     down, up = {
         "lora_down": ("lora_down.weight", "lora_up.weight"),
         "lora_A": ("lora_A.weight", "lora_B.weight"),
+        "lora_A_1": ("lora_A_1.default_0.weight", "lora_B_1.default_0.weight"),
         "lora.down": ("lora.down.weight", "lora.up.weight"),
     }[style]
     ones = (1,) * len(shape[2:])
@@ -70,6 +71,12 @@ NAMED: dict[str, tuple[str, str, str, str]] = {
         "down_blocks.0.downsamplers.0.conv",
         "lora_unet_down_blocks_0_downsamplers_0_conv",
         "lora_down",
+    ),
+    "huggingface/diffusers#6382": (
+        "sdxl",
+        "down_blocks.0.resnets.0.conv1",
+        "down_blocks.0.resnets.0.conv1",
+        "lora_A_1",
     ),
     "bmaltais/kohya_ss#307": (
         "sd15",
@@ -143,12 +150,14 @@ def test_processors_with_any_prefix_are_resolved(first: str, last: str) -> None:
         ("text_encoder_2", "text_projection", "lora_te2_text_projection"),
         ("text_encoder", FC1, f"lora_te1.{FC1}"),
         ("text_encoder", FC1, f"lora_te_{FC1.replace('.', '_')}"),
+        ("text_encoder", FC1, f"lora_te_wrapped_transformer_{FC1.replace('.', '_')}"),
         ("text_encoder_2", FC1, f"text_encoder_2.{FC1}"),
     ],
     ids=[
         "Nerogar/OneTrainer#47, Comfy-Org/ComfyUI#1163",
         "lllyasviel/stable-diffusion-webui-forge#1229",
         "vladmandic/sdnext#4987",
+        "kohya-ss/sd-webui-additional-networks#133",
         "leejet/stable-diffusion.cpp#213",
     ],
 )
@@ -173,7 +182,7 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
     "Comfy-Org/ComfyUI#6381": ({f"{KOHYA_TO_K}.on_input": ()}, "IA3 is not supported"),
     "Comfy-Org/ComfyUI#5230": (
         {"oft_unet_x.oft_blocks.0": (2, 2)},
-        r"oft_unet_x\.oft_blocks\.0: not a LoRA key",
+        r"oft_unet_x\.oft_blocks\.0: OFT is not supported",
     ),
     "Comfy-Org/ComfyUI#14903": ({"x.boft_R": (2, 2)}, "BOFT is not supported"),
     "Nerogar/OneTrainer#485": ({"bundle_emb.word.clip_l": (2, 4)}, "an embedding stored beside"),

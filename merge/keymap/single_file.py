@@ -55,6 +55,8 @@ _LEFT_OUT: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"embedding_manager\..+"), "of textual inversion's training"),
     (re.compile(r"cond_stage_model\.transformer\.vision_model\..+"), "CLIP's picture half"),
 )
+# Where 1.x has `cond_stage_model.transformer.`.
+_SD2_TEXT_PREFIX = "cond_stage_model.model."
 # Roots of a UNet outside of `model.diffusion_model.`.
 _OTHER_UNETS = ("conv_in.weight", "unet.conv_in.weight", "diffusion_model.input_blocks.0.0.weight")
 
@@ -98,6 +100,12 @@ def split_single_file(names: Collection[str]) -> SplitFile:
         )
     left_out = {name: reason for name in sorted(names) if (reason := _reason(name))}
     rest = [name for name in names if name not in left_out]
+    if any(name.startswith(_SD2_TEXT_PREFIX) for name in rest):
+        raise CheckpointError(
+            f"this is a Stable Diffusion 2.x file: its text encoder ({_SD2_TEXT_PREFIX}*) is "
+            "OpenCLIP's, and those of 1.x and XL alone are read",
+            hint=f"to merge its UNet alone, leave the rest out: `exclude: ['{_SD2_TEXT_PREFIX}*']`",
+        )
     if unknown := _outside(rest):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
         raise CheckpointError(

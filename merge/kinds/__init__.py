@@ -4,13 +4,14 @@ Told by names, shapes, dtypes and metadata alone.
 """
 
 from merge.kinds.average import AVERAGE_PREFIX, PLAIN_PREFIX, averaged_keys
-from merge.kinds.foreign import foreign_kind
+from merge.kinds.foreign import CONTROLNET, foreign_kind
 from merge.kinds.prediction import EDM, Prediction, is_marker, stated_prediction
 from merge.kinds.quantized import FLOAT8, Quantized, find_scales
 from merge.kinds.wrappers import unwrapped
 
 __all__ = [
     "AVERAGE_PREFIX",
+    "CONTROLNET",
     "EDM",
     "FLOAT8",
     "PLAIN_PREFIX",

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 Shape = tuple[int, ...]
 
+# The only one of them that has a UNet's own keys as well.
+CONTROLNET = "a ControlNet"
+
 # What some keys of a file begin with, and what it then is.
 _KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
@@ -16,7 +19,7 @@ _KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"image_proj(?:_model)?\.|ip_adapter\.|adapter_modules\."), "an IP-Adapter"),
     (
         re.compile(r"(?:control_model\.|controlnet_cond_embedding\.|controlnet_down_blocks\.)"),
-        "a ControlNet",
+        CONTROLNET,
     ),
     (re.compile(r"adapter\.(?:body|conv_in|unshuffle)\."), "a T2I-Adapter"),
     (re.compile(r"(?:.+\.)?motion_modules\."), "a motion module of AnimateDiff"),

@@ -102,7 +102,9 @@ def simplified(name: str) -> str:
         name = name.replace(part, "")
     if name.startswith(("lora_", "lycoris_")):
         # Some trainers keep the dots after Kohya's prefix: `lora_te1.text_model.encoder...`.
-        return name.replace(".", "_")
+        name = name.replace(".", "_")
+        # As does one that trains a wrapper around the text encoder with its own name.
+        return name.replace("lora_te_wrapped_transformer_", "lora_te_")
     name = _without(name, _WRAPPERS).removeprefix("text_encoders.")
     for prefix, component in _ENCODERS.items():
         if name.startswith(prefix):

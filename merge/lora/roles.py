@@ -36,7 +36,7 @@ _ROLES = {
 }
 # peft puts an adapter's own name, mostly `default`, between the factor's and `weight`.
 _NAMED = re.compile(
-    r"(?P<stem>.+)\.(?P<role>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector)"
+    r"(?P<stem>.+)\.(?P<role>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector)(?:_\d+)?"
     r"\.(?P<adapter>[^.]+)(?:\.weight)?"
 )
 _NAMED_ROLES = {
@@ -74,6 +74,8 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (".lora_embedding_A", "a LoRA of an embedding is not supported"),
     (".lora_embedding_B", "a LoRA of an embedding is not supported"),
 )
+# OFT's blocks one by one, as a ParameterList stores them.
+_BLOCK = re.compile(r"(?<=\.oft_blocks)\.\d+$")
 # Beginnings of what trainers store beside a LoRA.
 _BESIDE: tuple[tuple[str, str], ...] = (
     ("bundle_emb.", "an embedding stored beside the LoRA (OneTrainer), which cannot be merged"),
@@ -88,7 +90,9 @@ _ENDINGS = tuple(
 
 def is_lora(names: Iterable[str]) -> bool:
     """Return True when the keys are those of an adapter of any kind, supported or not."""
-    return any(name.endswith(_ENDINGS) or _NAMED.fullmatch(name) for name in names)
+    return any(
+        name.endswith(_ENDINGS) or _NAMED.fullmatch(name) or _BLOCK.search(name) for name in names
+    )
 
 
 def has_magnitudes(names: Iterable[str]) -> bool:
@@ -110,7 +114,7 @@ def split_role(name: str) -> tuple[str, str]:
         if name.endswith(suffix):
             return name.removesuffix(suffix) + "_lora", role
     for suffix, why in _REFUSED:
-        if name.endswith(suffix):
+        if _BLOCK.sub("", name).endswith(suffix):
             raise ValueError(why)
     if match := _NAMED.fullmatch(name):
         return match["stem"], _NAMED_ROLES[match["role"]]

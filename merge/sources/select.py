@@ -20,7 +20,8 @@ _STEMS = (
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[^.]+?)"
     r"(?:\.(?P<variant>[A-Za-z0-9_-]+?))?"
-    r"(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?"
+    # An earlier diffusers wrote a shard's number before the variant.
+    r"(?:-(?P<part>\d{5})-of-(?P<parts>\d{5})(?:\.(?P<late>[A-Za-z0-9_-]+))?)?"
     r"(?P<suffix>\.safetensors|\.bin|\.ckpt|\.pt|\.pth)"
 )
 _INDEX_FILE = re.compile(r".+\.(safetensors|bin)\.index(\.[A-Za-z0-9_-]+)?\.json")
@@ -102,7 +103,7 @@ def select_weights(
     groups: dict[tuple[str, str], list[tuple[str, re.Match[str]]]] = {}
     for match in found:
         if match["suffix"] == suffix:
-            key = (match["stem"], match["variant"] or "")
+            key = (match["stem"], match["variant"] or match["late"] or "")
             groups.setdefault(key, []).append((match.string, match))
     stem = _choose_stem({stem for stem, _ in groups}, names, where)
     variants = sorted(each for other, each in groups if other == stem)
