@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 _NEW_NAMESPACES = 0x10000000 | 0x00020000 | 0x40000000  # of users, mounts and networks
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
@@ -59,6 +60,8 @@ def _run(
     writable: Sequence[Path] | None,
     mounts: tuple[tuple[str, Path, str], ...],
 ) -> None:
+    # OpenMP's threads are not there after a fork, and it would wait for them for ever.
+    torch.set_num_threads(1)
     try:
         _enter()
         for source, target, options in mounts:
