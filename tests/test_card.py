@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from merge import load_recipe, run_recipe
+from merge import EditSettings, load_editor, load_recipe, run_recipe
+from merge import edit as edit_picture
 from merge.card import (
     CARD_MARKER,
     CARD_NAME,
@@ -246,6 +248,35 @@ def test_another_length_of_schedule_is_set(
     assert space["pipeline"].scheduler.config.original_inference_steps == 25
     # Every 40th of 1000 training steps, and of those 25 every 6th, from the top.
     assert space["pipeline"].scheduler.timesteps.tolist() == [999, 759, 519, 279]
+
+
+def test_the_two_lines_of_timesteps_give_our_pictures(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timesteps = [999, 599, 299, 99]
+    verify = {"resolution": 64, "timesteps": timesteps, "guidance_scale": 1.5}
+    folder = export(tiny_sd15, tmp_path / "out", verify=verify, out_dtype="float32")
+    text = (folder / CARD_NAME).read_text()
+    assert "--timesteps 999,599,299,99" in text
+    assert "the two lines set them on the scheduler" in text
+    code = blocks(text)[0].replace(PLACEHOLDER, str(folder))
+    added = [line for line in code.splitlines() if "timesteps" in line]
+    assert len(added) == 2
+    space = execute(code, tmp_path, monkeypatch)
+    assert space["pipeline"].scheduler.timesteps.tolist() == timesteps
+
+    photo = Image.open(tmp_path / "photo.jpg").convert("RGB").resize((64, 64))
+    settings = EditSettings(timesteps=tuple(timesteps), guidance_scale=1.5, resolution=64)
+    ours = edit_picture(
+        load_editor(folder, device="cpu"), photo, "make it winter", settings
+    ).to_pil()
+    gaps = np.asarray(ours).astype(int) - np.asarray(space["image"])
+    assert np.abs(gaps).max() <= 1
+    # Without the lines the scheduler picks its own.
+    plain = "\n".join(line for line in code.splitlines() if "timesteps" not in line)
+    other = execute(plain, tmp_path, monkeypatch)
+    assert other["pipeline"].scheduler.timesteps.tolist() == [999, 759, 499, 259]
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(other["image"])).max() > 1
 
 
 def test_a_unet_alone_loads(

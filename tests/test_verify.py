@@ -776,6 +776,12 @@ def test_a_wrong_target_fails_before_anything_is_done(
         ("- {image: a.png, instruction: x, expected: b.png}", "expected: must be a list of pict"),
         ("- {image: a.png, instruction: x, expected_limit: -1}", "expected_limit: -1 is not a fin"),
         ("- {image: a.png, instruction: x, before_caption: 3}", "before_caption: 3 is not text"),
+        ("- {image: a.png, instruction: x, steps: 0}", "steps: 0 is not a whole number within 1"),
+        ("- {image: a.png, instruction: x, steps: true}", "steps: True is not a whole number"),
+        ("- {image: a.png, instruction: x, timesteps: 9}", "timesteps: 9 is no list of whole"),
+        ("- {image: a.png, instruction: x, timesteps: [9, 9]}", r"\[9, 9\] must fall strictly"),
+        ("- {image: a.png, instruction: x, timesteps: []}", r"\[\] must fall strictly"),
+        ("- {image: a.png, instruction: x, steps: 1, timesteps: [9]}", "steps or timesteps, not"),
         ("- {image: a.png, instruction: x, image: b.png}", "two of its keys are the same"),
         ("- {image: a.png, instruction: [", "cannot be read in line"),
         ("- &a [*a]", r"edits\[0\]: must be"),
@@ -814,11 +820,21 @@ def test_a_list_of_edits_is_read(tmp_path: Path) -> None:
             "after_caption": "a",
             "expected": ["a.png"],
             "expected_limit": 1,
+            "timesteps": [999, 299],
         },
     ]
     expected = [
         Edit(tmp_path / "a.png", "mach es \U0001f384 rot: jetzt #1"),
-        Edit(tmp_path / "b.png", "x", 2**63 - 1, "b", "a", (tmp_path / "a.png",), 1),
+        Edit(
+            tmp_path / "b.png",
+            "x",
+            2**63 - 1,
+            "b",
+            "a",
+            (tmp_path / "a.png",),
+            1,
+            timesteps=(999, 299),
+        ),
     ]
     for name, text in {
         "edits.json": json.dumps(tree),
@@ -944,6 +960,43 @@ def test_run_fails_when_the_result_is_not_as_expected(
     assert re.search(r"^error: .* fails 1 of 13 checks:\n  as_expected of edit 0 is 0\.\d+ ", err)
     assert "must be at most 0.1\nhint: " in err
     assert read_report(tmp_path / "out")["passed"] is False
+
+
+def test_an_edit_may_have_steps_of_its_own(
+    export: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = ONE
+    edits = [
+        plain,
+        dataclasses.replace(plain, steps=3),
+        dataclasses.replace(plain, timesteps=(999, 299)),
+    ]
+    options = CompareOptions(str(tiny_sd15 / "target"), steps=4, cache=False)
+    verify(export, edits=edits, compare=options)
+    rows = read_report(export)["edits"]
+    for kind in ("merged", "target_few"):
+        settings = [row["pictures"][kind]["settings"] for row in rows]
+        assert [s["steps"] for s in settings] == [2, 3, 2]
+        assert [s["timesteps"] for s in settings] == [None, None, [999, 299]]
+    assert [row["pictures"]["target"]["settings"]["steps"] for row in rows] == [4, 4, 4]
+    page = (export / "report.html").read_text()
+    assert page.count("Merged, 2 steps") == 2 * page.count("Merged, 3 steps") > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"steps": 51}, r"edits\[0\].steps: 51 is not within 1 to 50"),
+        ({"timesteps": [1, 2]}, r"edits\[0\].timesteps: \[1, 2\] must fall strictly"),
+        ({"steps": 2, "timesteps": [2, 1]}, r"edits\[0\]: name steps or timesteps, not both"),
+    ],
+)
+def test_bad_steps_of_an_edit_are_a_recipe_error(
+    tiny_sd15: Path, tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    edit = {"image": "./a.png", "instruction": "x", **fields}
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write_recipe(tmp_path, tiny_sd15, edits=[edit]))
 
 
 def test_a_bad_limit_is_a_recipe_error(tiny_sd15: Path, tmp_path: Path) -> None:

@@ -25,20 +25,27 @@ class EditNumbers:
     image_guidance_scale: float
     resolution: int
     original_inference_steps: int
-    timesteps: Any
+    timesteps: tuple[int, ...]
 
 
 def edit_numbers(facts: CardFacts) -> EditNumbers:
     """Return the settings of the recipe's edits."""
     verify = facts.recipe.table("verify")
+    timesteps = _timesteps(verify.tree.get("timesteps"))
     return EditNumbers(
-        steps=verify.count("steps", 4),
+        steps=len(timesteps) or verify.count("steps", 4),
         guidance_scale=verify.number("guidance_scale", 2.0),
         image_guidance_scale=verify.number("image_guidance_scale", 1.0),
         resolution=verify.count("resolution", BEST_RESOLUTIONS[facts.architecture]),
         original_inference_steps=verify.count("original_inference_steps", _ORIGINAL_STEPS),
-        timesteps=verify.tree.get("timesteps"),
+        timesteps=timesteps,
     )
+
+
+def _timesteps(value: Any) -> tuple[int, ...]:
+    """Return the timesteps of a lock, which anybody can have written to."""
+    is_list = isinstance(value, list) and all(type(step) is int for step in value)
+    return tuple(value) if is_list else ()
 
 
 def use_section(facts: CardFacts, repo_id: str | None) -> str:
@@ -68,6 +75,13 @@ def _folder(facts: CardFacts, repo_id: str | None) -> str:
         schedule = (
             "\npipeline.scheduler.register_to_config("
             f"original_inference_steps={numbers.original_inference_steps})"
+        )
+    if numbers.timesteps:
+        # Stock pipelines hand the number of steps on, and take no timesteps themselves.
+        schedule += (
+            f"\ntimesteps, place = {list(numbers.timesteps)}, pipeline.scheduler.set_timesteps"
+            "\npipeline.scheduler.set_timesteps = lambda steps, device=None: "
+            "place(timesteps=timesteps, device=device)"
         )
     return f"""The folder is a whole pipeline, and its scheduler comes with it:
 
@@ -99,18 +113,21 @@ def _warnings(facts: CardFacts) -> str:
         text += "is not what this model is for."
     if edit_numbers(facts).timesteps:
         text += (
-            " The recipe names its timesteps, which the stock pipeline does not take; "
-            "`instruct-merge edit --timesteps` does."
+            " The recipe names its timesteps, which no stock pipeline takes: the two lines set "
+            "them on the scheduler, and without these it picks its own."
         )
     return text
 
 
 def _command(facts: CardFacts, repo_id: str | None) -> str:
     numbers = edit_numbers(facts)
+    steps = f"--steps {numbers.steps}"
+    if numbers.timesteps:
+        steps = f"--timesteps {','.join(map(str, numbers.timesteps))}"
     return f"""Or with the tool that made it, which needs fewer UNet rows for the same picture:
 
 ```sh
-{_download(repo_id)}instruct-merge edit FOLDER photo.jpg "make it winter" --steps {numbers.steps} \\
+{_download(repo_id)}instruct-merge edit FOLDER photo.jpg "make it winter" {steps} \\
     --guidance-scale {numbers.guidance_scale:g} \
 --image-guidance-scale {numbers.image_guidance_scale:g} --resolution {numbers.resolution}
 ```"""

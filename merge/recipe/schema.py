@@ -108,6 +108,8 @@ class EditSpec:
         after_caption: Text of the picture as it should become.
         expected: Pictures of which the result must be near to one; empty: none is known.
         expected_limit: Largest root mean square difference to the nearest, values in 0 to 1.
+        steps: Overrides the recipe's steps and timesteps.
+        timesteps: Overrides them too, with explicit ones.
     """
 
     image: str
@@ -117,6 +119,8 @@ class EditSpec:
     after_caption: str | None = None
     expected: list[str] = field(default_factory=list)
     expected_limit: float = EXPECTED_LIMIT
+    steps: int | None = None
+    timesteps: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,16 @@ def _check_output(recipe: Recipe) -> Iterator[str]:
         yield "output.other_dtype: only keep is available in this version"
 
 
+def timesteps_problems(where: str, timesteps: Sequence[int] | None) -> Iterator[str]:
+    """Say what is wrong with explicit timesteps, which fall from one to the next."""
+    if timesteps is not None and (
+        not timesteps
+        or any(a <= b for a, b in itertools.pairwise(timesteps))
+        or not all(0 <= t < 1000 for t in timesteps)
+    ):
+        yield f"{where}: {list(timesteps)} must fall strictly, within 999 to 0"
+
+
 def _check_verify(verify: VerifySpec) -> Iterator[str]:
     limit = verify.original_inference_steps
     if not 1 <= limit <= 1000:
@@ -178,13 +188,7 @@ def _check_verify(verify: VerifySpec) -> Iterator[str]:
             yield f"verify.{name}: {value} is not a finite number of at least 0"
     if not 8 <= verify.resolution <= 8192:
         yield f"verify.resolution: {verify.resolution} is not within 8 to 8192 pixels"
-    steps = verify.timesteps
-    if steps is not None and (
-        not steps
-        or any(a <= b for a, b in itertools.pairwise(steps))
-        or not all(0 <= t < 1000 for t in steps)
-    ):
-        yield f"verify.timesteps: {steps} must fall strictly, within 999 to 0"
+    yield from timesteps_problems("verify.timesteps", verify.timesteps)
     if not verify.seeds:
         yield "verify.seeds: name at least one seed"
     seeds = [*verify.seeds, *(edit.seed for edit in verify.edits if edit.seed is not None)]
@@ -192,8 +196,14 @@ def _check_verify(verify: VerifySpec) -> Iterator[str]:
         if not 0 <= seed < 2**63:
             yield f"verify.seeds: {seed} is not within 0 to 2^63 - 1"
     for index, edit in enumerate(verify.edits):
+        where = f"verify.edits[{index}]"
+        if edit.steps is not None and not 1 <= edit.steps <= limit:
+            yield f"{where}.steps: {edit.steps} is not within 1 to {limit}"
+        if edit.steps is not None and edit.timesteps is not None:
+            yield f"{where}: name steps or timesteps, not both"
+        yield from timesteps_problems(f"{where}.timesteps", edit.timesteps)
         if not edit.instruction.strip():
-            yield f"verify.edits[{index}].instruction: it is empty"
+            yield f"{where}.instruction: it is empty"
         if not (math.isfinite(edit.expected_limit) and edit.expected_limit >= 0):
             value = edit.expected_limit
-            yield f"verify.edits[{index}].expected_limit: {value} is not a number of at least 0"
+            yield f"{where}.expected_limit: {value} is not a number of at least 0"

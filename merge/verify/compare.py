@@ -105,7 +105,7 @@ class Comparison:
         done = []
         # Row by row would switch the scheduler back and forth.
         targets = [maker.make(row, own, "own") for row in rows]
-        few = [maker.make(row, settings, "lcm") for row in rows]
+        few = [maker.make(row, row.edit.settings(settings, row.seed), "lcm") for row in rows]
         for row, target, target_few in zip(rows, targets, few, strict=True):
             pictures = {**row.pictures, "target": target, "target_few": target_few}
             done.append(dataclasses.replace(row, pictures=pictures))

@@ -14,10 +14,11 @@ import yaml
 
 from merge.errors import ImageError, RecipeError
 from merge.recipe.schema import EditSpec
+from merge.recipe.validate import timesteps_problems
 from merge.verify.model import Edit
 
 _KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
-_HINT = "an edit is {image, instruction, seed, before_caption, after_caption, expected}"
+_HINT = "an edit is {image, instruction, seed, before_caption, after_caption, expected, steps}"
 
 # For models trained on photographs: instructions and captions in the manner of their training data.
 DEFAULT_EDITS = (
@@ -49,7 +50,7 @@ def read_edits(path: str | Path) -> list[Edit]:
     """Read a YAML or JSON list of edits; pictures are relative to the file.
 
     Each is `{image, instruction, seed?, before_caption?, after_caption?, expected?,
-    expected_limit?}`.
+    expected_limit?, steps? | timesteps?}`.
 
     Raises:
         RecipeError: the file is no such list; all problems at once.
@@ -130,6 +131,15 @@ def _problems(where: str, item: Any) -> Iterable[str]:
     seed = item.get("seed")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         yield f"{where}.seed: {seed!r} is not a whole number within 0 to 2^63 - 1"
+    steps, timesteps = item.get("steps"), item.get("timesteps")
+    if steps is not None and (type(steps) is not int or not 1 <= steps <= 1000):
+        yield f"{where}.steps: {steps!r} is not a whole number within 1 to 1000"
+    if isinstance(timesteps, list) and all(type(step) is int for step in timesteps):
+        yield from timesteps_problems(f"{where}.timesteps", timesteps)
+    elif timesteps is not None:
+        yield f"{where}.timesteps: {timesteps!r} is no list of whole numbers such as [999, 299]"
+    if steps is not None and timesteps is not None:
+        yield f"{where}: name steps or timesteps, not both"
     expected = item.get("expected")
     if expected is not None and not (
         isinstance(expected, list) and all(isinstance(e, str) and e.strip() for e in expected)
@@ -146,7 +156,8 @@ def _to_edit(folder: Path, item: dict[str, Any]) -> Edit:
     given = {name: value for name, value in item.items() if value is not None}
     paths = tuple(folder / Path(name).expanduser() for name in given.pop("expected", ()))
     image = folder / Path(given.pop("image")).expanduser()
-    return Edit(image, expected=paths, **given)
+    timesteps = tuple(given.pop("timesteps")) if "timesteps" in given else None
+    return Edit(image, expected=paths, timesteps=timesteps, **given)
 
 
 def _kind(value: Any) -> str:

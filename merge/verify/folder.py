@@ -269,7 +269,7 @@ def _edit_all(
     checks: list[Check] = []
     samples: list[Sample] = []
     for index, (edit, seed) in enumerate(job.todo):
-        chosen = dataclasses.replace(settings, seed=seed)
+        chosen = edit.settings(settings, seed)
         row, found, sample = _edit_one(editor, job, index, edit, chosen)
         rows.append(row)
         checks += found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -46,6 +46,8 @@ class Edit:
         expected: Pictures of which the result must be near to one; empty: none is known.
         expected_limit: Largest root mean square difference, values in 0 to 1, to the nearest.
         drawing: Name of a picture of `merge.verify.drawings`.
+        steps: Instead of the recipe's steps and timesteps.
+        timesteps: Likewise, explicit ones.
     """
 
     image: Path | None
@@ -56,6 +58,17 @@ class Edit:
     expected: tuple[Path, ...] = ()
     expected_limit: float = EXPECTED_LIMIT
     drawing: str = "house"
+    steps: int | None = None
+    timesteps: tuple[int, ...] | None = None
+
+    def settings(self, recipes: EditSettings, seed: int) -> EditSettings:
+        """Return the settings of this edit, given the recipe's."""
+        if self.timesteps is not None:
+            count = len(self.timesteps)
+            return replace(recipes, seed=seed, steps=count, timesteps=self.timesteps)
+        if self.steps is not None:
+            return replace(recipes, seed=seed, steps=self.steps, timesteps=None)
+        return replace(recipes, seed=seed)
 
     @property
     def image_name(self) -> str:
