@@ -369,6 +369,18 @@ def test_pictures_and_checks_are_the_reports(folder: Path) -> None:
     assert "images/00-3" not in render_card(folder)
 
 
+def test_the_timesteps_of_an_edit_are_said(folder: Path) -> None:
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    report["edits"][0]["settings"]["timesteps"] = [999, 299]
+    path.write_text(json.dumps(report))
+    assert "make it 0: 6 steps at 999 299, guidance 1.75" in render_card(folder)
+    report["edits"][0]["settings"]["timesteps"] = [999, "soon"]
+    path.write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match="timesteps is not a list of whole numbers"):
+        render_card(folder)
+
+
 def test_a_failed_report_says_so(folder: Path) -> None:
     def fail(report: dict[str, Any]) -> None:
         report["passed"] = False

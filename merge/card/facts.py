@@ -71,6 +71,7 @@ class EditFacts:
         source: File in the folder.
         merged: File in the folder.
         steps: num_inference_steps.
+        timesteps: Explicit ones; empty for the scheduler's own.
         guidance_scale: Of the instruction.
         image_guidance_scale: Of the picture.
         resolution: Short side in pixels.
@@ -81,6 +82,7 @@ class EditFacts:
     source: str
     merged: str
     steps: int
+    timesteps: tuple[int, ...]
     guidance_scale: float
     image_guidance_scale: float
     resolution: int
@@ -267,6 +269,7 @@ def _edit(folder: Path, edit: Fields) -> EditFacts | None:
         source=found["source"],
         merged=found["merged"],
         steps=settings.count("steps"),
+        timesteps=settings.counts("timesteps"),
         guidance_scale=settings.number("guidance_scale"),
         image_guidance_scale=settings.number("image_guidance_scale"),
         resolution=settings.count("resolution"),

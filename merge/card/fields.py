@@ -77,6 +77,13 @@ class Fields:
             Fields(item, f"{self._where}: {key}[{index}]") for index, item in enumerate(items)
         )
 
+    def counts(self, key: str) -> tuple[int, ...]:
+        """Return a list of whole numbers; an empty one when it is missing."""
+        items = self._get(key, [], list, "a list")
+        if not all(type(item) is int and abs(item) <= _MAX_NUMBER for item in items):
+            raise self._wrong(key, "a list of whole numbers")
+        return tuple(items)
+
     def texts(self, key: str) -> tuple[str, ...]:
         """Return a list of strings; an empty one when it is missing."""
         items = self._get(key, [], list, "a list")

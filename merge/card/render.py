@@ -188,8 +188,9 @@ def _pictures(facts: CardFacts) -> str:
 
 
 def _picture_row(edit: EditFacts) -> str:
+    at = f" at {' '.join(map(str, edit.timesteps))}" if edit.timesteps else ""
     settings = (
-        f"{edit.steps} steps, guidance {edit.guidance_scale:g}, image guidance "
+        f"{edit.steps} steps{at}, guidance {edit.guidance_scale:g}, image guidance "
         f"{edit.image_guidance_scale:g}, {edit.resolution} px, seed {edit.seed}"
     )
     return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from merge.card.facts import CardFacts
 from merge.export import PIPELINE_CLASSES
@@ -31,7 +30,7 @@ class EditNumbers:
 def edit_numbers(facts: CardFacts) -> EditNumbers:
     """Return the settings of the recipe's edits."""
     verify = facts.recipe.table("verify")
-    timesteps = _timesteps(verify.tree.get("timesteps"))
+    timesteps = verify.counts("timesteps")
     return EditNumbers(
         steps=len(timesteps) or verify.count("steps", 4),
         guidance_scale=verify.number("guidance_scale", 2.0),
@@ -40,12 +39,6 @@ def edit_numbers(facts: CardFacts) -> EditNumbers:
         original_inference_steps=verify.count("original_inference_steps", _ORIGINAL_STEPS),
         timesteps=timesteps,
     )
-
-
-def _timesteps(value: Any) -> tuple[int, ...]:
-    """Return the timesteps of a lock, which anybody can have written to."""
-    is_list = isinstance(value, list) and all(type(step) is int for step in value)
-    return tuple(value) if is_list else ()
 
 
 def use_section(facts: CardFacts, repo_id: str | None) -> str:
