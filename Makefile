@@ -45,14 +45,20 @@ demo: $(VENV)/.setup  ## Merge the small models that come along, edit with them,
 		--compare recipes/demo/target \
 		--compare-guidance-scale 1.5 --compare-image-guidance-scale 1 >/dev/null
 	@TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error \
-		$(PY) scripts/demo/evaluate.py --model outputs/demo --count 100 --at-least 0.65
+		$(PY) scripts/demo/evaluate.py --model outputs/demo --against recipes/demo/target \
+		--count 400 --timesteps 999,659,319,59 --at-least 0.9 --timesteps 999,199 --at-least 0.75
 	@echo outputs/demo
 
-demo-models: $(VENV)/.setup  ## Train the demo's models again, over an hour on two cores
+# PRESET=large needs a GPU and ten minutes; `make demo-models PRESET=overnight PROCESSES=2` does not.
+PRESET = large
+PROCESSES = 1
+demo-models: $(VENV)/.setup  ## Train the demo's models again, choose their settings, evaluate
 	$(PY) -m pip install --quiet --editable '.[plot]'
-	$(PY) scripts/demo/train.py --processes 2
-	$(PY) scripts/demo/export.py
+	$(PY) scripts/demo/train.py --preset $(PRESET) --processes $(PROCESSES)
+	$(PY) scripts/demo/export.py --preset $(PRESET)
+	$(PY) scripts/demo/choose.py
 	$(PY) scripts/demo/evaluate.py
+	$(PY) scripts/demo/gallery.py
 
 style: $(VENV)/.setup-dev  ## Format the code and mend what ruff can
 	$(BIN)/ruff format .

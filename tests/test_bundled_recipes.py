@@ -128,6 +128,8 @@ def test_the_edit_runner_steps_as_diffusers_does(name: str) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": recipe.verify.steps}
     if recipe.scheduler.class_name == "LCMScheduler":
         arguments["original_inference_steps"] = recipe.verify.original_inference_steps
+    if recipe.verify.timesteps is not None:
+        arguments = {"timesteps": list(recipe.verify.timesteps)}
     with warnings.catch_warnings():
         # EulerDiscreteScheduler uses numpy in ways it warns of.
         warnings.simplefilter("ignore", DeprecationWarning)

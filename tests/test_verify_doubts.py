@@ -183,7 +183,7 @@ def test_base_and_distilled_swapped_are_not_green(tmp_path: Path) -> None:
     path, out = write_recipe(tmp_path, models=models), tmp_path / "out"
     code, _, err = call("run", path, "--out", out, "--device", "cpu")
     assert code == 0
-    assert err.startswith("warning: target is nearer to distilled than to base (0.249")
+    assert err.startswith("warning: target is nearer to distilled than to base (0.25")
     assert err.count("\nwarning: ") == 0
     assert "with a warning: base and distilled look swapped" in err
     assert {name for name, passed in doubts(out).items() if not passed} == {"base_is_nearer"}

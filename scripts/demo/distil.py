@@ -23,13 +23,11 @@ import torch
 from checks import Check
 from training import (
     EMPTY,
-    POOL,
     Noise,
     Optimizer,
     Run,
     draw_text_to_image,
     draw_tile_mask,
-    load_pool,
     load_text,
     load_vae,
     relative_norm,
@@ -93,15 +91,14 @@ def train_lora(run: Run) -> None:
 
 def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
     """Train a student and return its averaged weights."""
-    budget = run.budget(stage)
+    schedule = run.schedule(stage)
     vae, scale = load_vae(run)
     text_encoder, tokenizer = load_text(run)
-    teacher = models.make_unet(8).to(run.device).requires_grad_(False)
+    teacher = run.make_unet(8).requires_grad_(False)
     teacher.load_state_dict(run.load("base")["unet"])
     shell = copy.deepcopy(teacher)
-    optimizer = Optimizer(student.weights, budget, ema=0.99)
-    # A share of the data is enough: the teacher, not the pictures, says what is right.
-    pool = load_pool(run, count=POOL // 4)
+    optimizer = Optimizer(student.weights, schedule, ema=0.99)
+    pool = run.pool(run.preset.distillation_pool)
     noise = Noise(run.device)
     check = Check(run, vae, scale)
     generator = run.generator(20)
@@ -124,7 +121,7 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
 
     with run.curve(stage) as curve:
         mean = 0.0
-        for step in range(budget.steps):
+        for step in range(schedule.steps):
             clean, rows = draw_text_to_image(pool, run.batch, generator)
             hint = clean * draw_tile_mask(run.batch, generator).to(run.device)
             text = context[rows]
@@ -154,7 +151,7 @@ def _distil(run: Run, stage: str, student: Student) -> list[torch.Tensor]:
                 mean = 0.0
                 if (step + 1) % 500 == 0 and run.rank == 0:
                     state = teacher.state_dict() | student.build(optimizer.average)
-                    small = models.make_unet(4).to(run.device)
+                    small = run.make_unet(4)
                     small.load_state_dict(models.cut_image_channels(state))
                     values |= check.few_steps(small, text_encoder, tokenizer)
                     values["drift"] = relative_norm(state, teacher.state_dict())

@@ -1,9 +1,9 @@
 """Write the trained models and a few pictures to edit as the folders that the demo's recipes name.
 
-    python scripts/demo/export.py            # outputs/demo-training -> recipes/demo
+    python scripts/demo/export.py            # outputs/demo-training/large -> recipes/demo
 
 recipes/demo/ receives base/ and distilled/ (UNet folders), lcm_lora.safetensors (kohya keys),
-target/ (a whole InstructPix2Pix pipeline) in float16, and pictures/: under 25 MB in all.
+target/ (a whole InstructPix2Pix pipeline) in float16, and pictures/: under 55 MB in all.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ import models
 import numpy as np
 import torch
 import world
+from choice import load_choice
 from PIL import Image
+from presets import PRESETS
 from safetensors.torch import save
-from train import ROOT, Run, load_text, load_vae
+from train import ROOT, work_folder
+from training import Run, load_text, load_vae
+
+from merge import extract_lora, load_recipe
 
 _EXAMPLES_SEED = 4
 EXAMPLES = ("plant flowers", "make it night", "repaint the houses", "add balloons", "build houses")
 EXAMPLES += ("turn the ground into snow",)
+_EXTRACTED_RANK = 32
 
 
 def write_models(run: Run, out: Path) -> None:
@@ -32,16 +38,22 @@ def write_models(run: Run, out: Path) -> None:
         ("base", 4, base),
         ("distilled", 4, run.load("distilled")["unet"]),
     ):
-        unet = models.make_unet(channels)
+        unet = run.make_unet(channels)
         unet.load_state_dict(state)
         models.save_diffusers_model(unet, out / name)
-    target = models.make_unet(8)
+    target = run.make_unet(8)
     target.load_state_dict(run.load("target")["unet"])
     vae, _ = load_vae(run)
     text_encoder, _ = load_text(run)
     models.save_pipeline(out / "target", target, vae, text_encoder)
-    lora = run.load("lora")
-    write_lora(out / "lcm_lora.safetensors", lora["keys"], lora["factors"], base)
+    path = out / "lcm_lora.safetensors"
+    if "lora" in run.preset.budgets:
+        lora = run.load("lora")
+        write_lora(path, lora["keys"], lora["factors"], base)
+    else:
+        words = [f"models.{name}.path={out / name}" for name in ("base", "distilled", "target")]
+        recipe = load_recipe("demo", ["weight=1", *words])
+        extract_lora(recipe, path, rank=_EXTRACTED_RANK, device="cpu", overwrite=True)
 
 
 def write_lora(
@@ -72,7 +84,8 @@ library_name: diffusers
 
 Small models that the recipes `demo` and `demo-lora` merge: `base` (text-to-image), `distilled` and
 `lcm_lora.safetensors` (few-step versions of it) and `target` (InstructPix2Pix), float16, for
-pictures of 32 px. Trained from nothing on drawn pictures by `scripts/demo/train.py`.
+pictures of 32 px. Trained from nothing on drawn pictures by `scripts/demo/train.py`; how, and what
+the merge is worth: `scripts/demo/RESULTS.md`.
 """,
         encoding="utf-8",
     )
@@ -83,7 +96,11 @@ def write_pictures(out: Path) -> None:
     edits = world.sample_edits(np.random.default_rng(_EXAMPLES_SEED), 4000)
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ["# The edits of the demo's recipes: instruct-merge verify FOLDER --edits this-file"]
+    lines = [
+        "# The edits of the demo's recipes, and the same ones in two steps:",
+        "# instruct-merge verify FOLDER --edits this-file",
+    ]
+    in_two_steps = []
     before, after = world.render(edits.source), world.render(edits.outcome)
     for instruction in EXAMPLES:
         found = [i for i, text in enumerate(edits.instructions) if text == instruction]
@@ -91,10 +108,13 @@ def write_pictures(out: Path) -> None:
         best = max(found, key=lambda i: _variety(edits.source.tiles[i]))
         name = instruction.replace(" ", "-")
         _save(before[best], folder / f"{name}.png")
-        lines += [f"- image: pictures/{name}.png", f"  instruction: {instruction}"]
+        item = [f"- image: pictures/{name}.png", f"  instruction: {instruction}"]
         if not edits.is_open[best]:
             _save(after[best], folder / f"{name}-right.png")
-            lines.append(f"  expected: [pictures/{name}-right.png]")
+            item.append(f"  expected: [pictures/{name}-right.png]")
+        lines += item
+        in_two_steps += [*item, f"  timesteps: {list(load_choice().timesteps[2] or ())}"]
+    lines += in_two_steps
     (out / "edits.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -111,9 +131,11 @@ def _save(picture: np.ndarray, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "recipes" / "demo")
-    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "demo-training")
+    parser.add_argument("--preset", choices=list(PRESETS), default="large")
+    parser.add_argument("--work", type=Path, help="default: outputs/demo-training/PRESET")
     arguments = parser.parse_args()
-    run: Any = Run(arguments.work, "cpu")
+    work = arguments.work or work_folder(arguments.preset)
+    run: Any = Run(work, "cpu", PRESETS[arguments.preset])
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_models(run, arguments.out)
     write_card(arguments.out)

@@ -34,9 +34,7 @@ SCHEDULE: dict[str, Any] = {
 }
 _UNET: dict[str, Any] = {
     "sample_size": LATENT,
-    "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (64, 96),
     "layers_per_block": 1,
     # Attention where a latent is a tile and convolution where it is a quarter of one.
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -91,9 +89,10 @@ def make_text_encoder(vocab_size: int) -> transformers.CLIPTextModel:
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**_TEXT, vocab_size=vocab_size))
 
 
-def make_unet(in_channels: int) -> diffusers.UNet2DConditionModel:
+def make_unet(in_channels: int, widths: tuple[int, int]) -> diffusers.UNet2DConditionModel:
     """Build a denoiser: 4 input channels for text-to-image, 8 for editing."""
-    return diffusers.UNet2DConditionModel(**(_UNET | {"in_channels": in_channels}))
+    sizes = {"in_channels": in_channels, "block_out_channels": widths}
+    return diffusers.UNet2DConditionModel(**(_UNET | sizes))
 
 
 def cut_image_channels(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

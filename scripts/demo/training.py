@@ -18,16 +18,15 @@ import models
 import torch
 import torch.distributed as dist
 import world
+from presets import Preset
 
-BATCH = 64  # over all processes
-POOL = 48_000  # edits
 TRAINING_SEED, VALIDATION_SEED = 1, 2  # the test's is in evaluate.py
 EMPTY = 0  # the row of the empty text
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """How long a stage trains.
+class Schedule:
+    """How a stage trains, here.
 
     Attributes:
         steps: Optimizer steps.
@@ -38,13 +37,10 @@ class Budget:
     rate: float
 
 
-BUDGETS = {
-    "vae": Budget(2_000, 2e-3),
-    "base": Budget(6_000, 1e-3),
-    "target": Budget(4_500, 4e-4),
-    "distilled": Budget(1_000, 1.5e-4),
-    "lora": Budget(150, 2e-4),
-}
+# What a step of a stage takes, in steps of plain training: the distillation asks its teacher twice.
+_COST = {"base": 1.15, "target": 1.05, "distilled": 2.4}
+# The committed autoencoder, which both sizes share.
+_AUTOENCODER = Path(__file__).with_name("small") / "target" / "vae"
 
 
 class Run:
@@ -58,21 +54,40 @@ class Run:
         self,
         work: Path,
         device: str,
+        preset: Preset,
         rank: int = 0,
         processes: int = 1,
         fraction: float = 1.0,
     ) -> None:
         self.work = work
+        self.preset = preset
         self.fraction = fraction
         self.rank = rank
-        self.batch = BATCH // processes
+        self.batch = preset.batch // processes
         self.device = torch.device(device)
+        self._pools: dict[int, data.Pool] = {}
         work.mkdir(parents=True, exist_ok=True)
 
-    def budget(self, stage: str) -> Budget:
-        """Return how long a stage trains here."""
-        full = BUDGETS[stage]
-        return Budget(max(2, round(full.steps * self.fraction)), full.rate)
+    def schedule(self, stage: str) -> Schedule:
+        """Return how long a stage trains here; where the clock decides, it is asked now."""
+        full = self.preset.budgets[stage]
+        steps = full.steps
+        if steps is None:
+            steps = int(self.preset.seconds / (_step_seconds(self) * _COST[stage]))
+        return Schedule(max(2, round(steps * self.fraction)), full.rate)
+
+    def make_unet(self, in_channels: int) -> diffusers.UNet2DConditionModel:
+        """Build a denoiser of the preset's size."""
+        return models.make_unet(in_channels, self.preset.widths).to(self.device)
+
+    def pool(self, count: int) -> data.Pool:
+        """Draw training edits, the same ones for every stage that asks for as many."""
+        count = max(200, int(count * self.fraction))
+        if count not in self._pools:
+            vae, scale = load_vae(self)
+            tokenizer = models.make_tokenizer(self.work / "tokenizer")
+            self._pools[count] = data.make_pool(vae, tokenizer, scale, TRAINING_SEED, count)
+        return self._pools[count]
 
     def path(self, stage: str) -> Path:
         """Return where a stage is kept."""
@@ -126,12 +141,14 @@ class Curve:
 class Optimizer:
     """AdamW with warm-up, a cosine to a twentieth of the rate, clipping, and averaged weights."""
 
-    def __init__(self, parameters: list[torch.Tensor], budget: Budget, ema: float = 0.999) -> None:
+    def __init__(
+        self, parameters: list[torch.Tensor], schedule: Schedule, ema: float = 0.999
+    ) -> None:
         self.parameters = parameters
         self.average = [p.detach().clone() for p in parameters]
-        self._budget, self._ema = budget, ema
+        self._schedule, self._ema = schedule, ema
         self._adam = torch.optim.AdamW(
-            parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            parameters, lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
 
     def step(self, loss: torch.Tensor, step: int) -> None:
@@ -140,9 +157,9 @@ class Optimizer:
         self._average_over_processes()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         warm = min(1.0, (step + 1) / 100)
-        fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self._budget.steps))
+        fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self._schedule.steps))
         for group in self._adam.param_groups:
-            group["lr"] = self._budget.rate * warm * fall
+            group["lr"] = self._schedule.rate * warm * fall
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         decay = min(self._ema, (1 + step) / (10 + step))
@@ -207,6 +224,10 @@ def relative_norm(state: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 
 def load_vae(run: Run) -> tuple[diffusers.AutoencoderKL, float]:
     """Load the trained autoencoder and its scale."""
+    if "vae" not in run.preset.budgets:
+        vae = diffusers.AutoencoderKL.from_pretrained(_AUTOENCODER, torch_dtype=torch.float32)
+        vae = vae.to(run.device).eval().requires_grad_(False)
+        return vae, vae.config.scaling_factor
     loaded = run.load("vae")
     vae = models.make_vae().to(run.device).eval().requires_grad_(False)
     vae.load_state_dict(loaded["vae"])
@@ -222,11 +243,28 @@ def load_text(run: Run):
     return text_encoder.eval().requires_grad_(False), tokenizer
 
 
-def load_pool(run: Run, count: int = POOL) -> data.Pool:
-    """Draw the training edits."""
-    vae, scale = load_vae(run)
-    tokenizer = models.make_tokenizer(run.work / "tokenizer")
-    return data.make_pool(vae, tokenizer, scale, TRAINING_SEED, max(200, int(count * run.fraction)))
+def _step_seconds(run: Run, count: int = 30, warm_up: int = 10) -> float:
+    """Measure what a step of plain training takes here."""
+    unet, noise = run.make_unet(8), Noise(run.device)
+    optimizer = Optimizer(list(unet.parameters()), Schedule(count, 1e-4))
+    generator = run.generator(30)
+    clean = torch.randn(run.batch, 4, models.LATENT, models.LATENT, device=run.device)
+    width = unet.config.cross_attention_dim
+    context = torch.randn(run.batch, models.TEXT_LENGTH, width, device=run.device)
+    started = 0.0
+    for step in range(warm_up + count):
+        if step == warm_up:
+            _wait_for(run.device)
+            started = time.monotonic()
+        hint = clean * draw_tile_mask(run.batch, generator).to(run.device)
+        optimizer.step(v_loss(unet, noise, clean, hint, context, generator), step)
+    _wait_for(run.device)
+    return (time.monotonic() - started) / count
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def draw_text_to_image(
