@@ -980,6 +980,7 @@ def test_an_edit_may_have_steps_of_its_own(
         assert [s["timesteps"] for s in settings] == [None, None, [999, 299]]
     assert [row["pictures"]["target"]["settings"]["steps"] for row in rows] == [4, 4, 4]
     page = (export / "report.html").read_text()
+    assert re.search(r">Steps<.{0,80}>2, 3<", page, re.DOTALL)
     assert page.count("Merged, 2 steps") == 2 * page.count("Merged, 3 steps") > 0
 
 

@@ -16,6 +16,7 @@ import jinja2
 from PIL import Image
 
 from merge._version import __version__
+from merge.editor import EditSettings
 from merge.verify.checks import CHECKS, CheckKind
 from merge.verify.model import BlockNorm, Check, EditRow, Picture
 from merge.verify.report import Report, mean
@@ -136,7 +137,7 @@ def _facts(report: Report) -> list[dict[str, str]]:
     merged = [row.pictures["merged"] for row in report.rows]
     facts = [
         ("Weight", _number(report.recipe["weight"]), "") if "weight" in report.recipe else None,
-        ("Steps", str(len(settings.timesteps) if settings.timesteps else settings.steps), ""),
+        ("Steps", ", ".join(dict.fromkeys(str(_count_steps(p.settings)) for p in merged)), ""),
         ("Guidance", _number(settings.guidance_scale), ""),
         ("Image guidance", _number(settings.image_guidance_scale), ""),
         ("UNet rows", _number(mean([p.unet_rows for p in merged])), "per edit"),
@@ -218,9 +219,12 @@ def _kind_name(kind: str) -> str:
 
 
 def _steps(picture: Picture) -> str:
-    settings = picture.settings
-    count = len(settings.timesteps) if settings.timesteps else settings.steps
+    count = _count_steps(picture.settings)
     return f"{count} step{'s' * (count != 1)}"
+
+
+def _count_steps(settings: EditSettings) -> int:
+    return len(settings.timesteps) if settings.timesteps else settings.steps
 
 
 def _checks(checks: Iterable[Check]) -> list[dict[str, Any]]:
