@@ -181,6 +181,7 @@ def test_the_recipes_edit_the_same_pictures_as_was_chosen() -> None:
     choice = json.loads((DEMO / "choice.json").read_text())
     places = {steps: found["timesteps"] for steps, found in choice["timesteps"].items()}
     assert full.weight == lora.weight == choice["weight"]
+    assert full.verify.guidance_scale == choice["guidance_scale"]
     assert full.verify.timesteps == places["4"]
     listed = read_edits(MODELS / "edits.yaml")
     half = len(listed) // 2
@@ -254,3 +255,22 @@ def test_the_whole_chain_trains(
     subprocess.run([sys.executable, DEMO / "export.py", *words, "--out", out], check=True)
     expected = {path.relative_to(MODELS) for path in MODELS.rglob("*") if path.is_file()}
     assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == expected
+
+
+@pytest.mark.slow
+def test_steps_are_paced_by_the_clock(tmp_path: Path) -> None:
+    """As the preset for a GPU does, here with few edits a step."""
+    code = (
+        "import dataclasses, sys; from pathlib import Path\n"
+        "from presets import PRESETS; from training import Run\n"
+        "preset = dataclasses.replace(PRESETS['large'], batch=4, seconds=60.0)\n"
+        "run = Run(Path(sys.argv[1]), 'cpu', preset)\n"
+        "print(*(run.schedule(stage).steps for stage in preset.budgets))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=DEMO
+    )
+    assert run.returncode == 0, run.stderr
+    base, target, distilled = map(int, run.stdout.split())
+    # The distillation asks its teacher twice, so fewer of its steps fit.
+    assert 2 <= distilled < min(base, target)

@@ -5,7 +5,8 @@
 First coarsely: for every number of steps every weight, with the scheduler's own timesteps and with
 others, at every guidance scale. Then weights around the best one, on more edits. The recipes take
 the weight that is best in the mean of 4 and 2 steps at guidance 1, each at the best of its
-timesteps: one checkpoint has one weight.
+timesteps: one checkpoint has one weight. Guidance doubles the UNet rows, so it is judged at four
+rows: two steps with guidance against four without.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def fine_grid(middle: float) -> list[Setting]:
     ]
 
 
-def best(results: Sequence[Result], steps: int, weight: float) -> Result:
-    """Return the best timesteps at guidance 1."""
+def best(results: Sequence[Result], steps: int, weight: float, guidance: float = 1.0) -> Result:
+    """Return the best timesteps."""
     found = [
         result
         for result in results
-        if result.setting.guidance_scale == 1
+        if result.setting.guidance_scale == guidance
         and (result.setting.steps, result.setting.weight) == (steps, weight)
     ]
     return max(found, key=lambda result: result.share)
@@ -110,8 +111,16 @@ def main() -> None:
         steps: best(fine, steps, weight) if steps in _JUDGED else best(coarse, steps, middle)
         for steps in TIMESTEPS
     }
+    at_four_rows = {
+        guidance: best(coarse, 4 if guidance == 1 else 2, middle, guidance) for guidance in GUIDANCE
+    }
     choice = {
         "weight": weight,
+        "guidance_scale": max(at_four_rows, key=lambda guidance: at_four_rows[guidance].share),
+        "guidance_at_4_unet_rows": {
+            f"{guidance:g}, {result.setting.steps} steps": round(result.share, 4)
+            for guidance, result in at_four_rows.items()
+        },
         "mean_of_4_and_2_steps": {
             "coarse": {str(w): round(mean, 4) for w, mean in coarse_means.items()},
             "fine": {str(w): round(mean, 4) for w, mean in fine_means.items()},

@@ -28,11 +28,12 @@ SHARE_OF_50_STEPS, POINTS_AT_2_STEPS = 0.95, 0.25
 _HEADER = """# What the demo's merge is worth
 
 {count:,} edits that training never saw, with the same noise for every line, image guidance off. An
-edit is *right* when all 16 tiles are: each within an RMS distance of
-{limit:g} of a sprite that the instruction allows there. *Open* instructions (add, plant, build,
-repaint) have many right answers, *closed* ones a single one. Weight, guidance and timesteps were
-chosen on validation edits by `choose.py` (`choice.json`): a coarse grid on 400, weights around its
-best on 1,000. Written by `python scripts/demo/evaluate.py`; the numbers are in `results.json`.
+edit is *right* when all 16 tiles are: each within an RMS distance of {limit:g} of a sprite that the
+instruction allows there. *Open* instructions (add, plant, build, repaint) have many right answers,
+*closed* ones a single one. Weight, guidance and timesteps were chosen on validation edits by
+`choose.py` (`choice.json`): a coarse grid on 400, weights around its best on 1,000, guidance at an
+equal number of UNet rows. Written by `python scripts/demo/evaluate.py`; the numbers are in
+`results.json`.
 """
 _MADE = """
 ## How the models came to be
