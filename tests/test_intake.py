@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,15 +176,23 @@ def test_v_prediction_is_merged_where_the_recipe_says_so(tmp_path: Path) -> None
     assert read_output(tmp_path / "out").keys() == models["target"].keys()
 
 
-@pytest.mark.parametrize("stated", ["v", "v_prediction", "V"])
+@pytest.mark.parametrize(
+    ("key", "stated"),
+    [
+        *(("modelspec.prediction_type", word) for word in ("v", "v_prediction", "V", "velocity")),
+        # Comfy-Org/ComfyUI#12579: nothing else in the file says so.
+        ("prediction_type", "v"),
+        ("ss_v_parameterization", "True"),
+    ],
+)
 def test_a_lora_says_in_its_metadata_what_it_predicts(
-    tiny_sd15: Path, tmp_path: Path, stated: str
+    tiny_sd15: Path, tmp_path: Path, key: str, stated: str
 ) -> None:
     lora = load_file(tiny_sd15 / "lora_kohya.safetensors")
-    save_file(lora, tmp_path / "lora.safetensors", {"modelspec.prediction_type": stated})
+    save_file(lora, tmp_path / "lora.safetensors", {key: stated})
     models = {"distilled": "./lora.safetensors", "target": str(tiny_sd15 / "target")}
     write_recipe(tmp_path, models=models)
-    words = r"distilled .* v-prediction model \(its metadata has modelspec\.prediction_type"
+    words = rf"distilled .* v-prediction model \(its metadata has {re.escape(key)} {stated}"
     with pytest.raises(PlanError, match=words):
         plan_of(tmp_path)
 

@@ -1,7 +1,8 @@
 """What a model predicts, where its file says so: a delta is of one kind of prediction only.
 
 Source: the marker tensors that ComfyUI writes and reads (`model_type` in `supported_models.py`),
-Playground v2.5's `edm_mean`, and `modelspec.prediction_type` of Stability AI's ModelSpec.
+Playground v2.5's `edm_mean`, `modelspec.prediction_type` of Stability AI's ModelSpec, and what
+Kohya's trainers write.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ EDM = "edm"
 _EDM_MARKERS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 # At zero terminal SNR the noise says nothing of the picture, so such a model predicts v.
 _V_MARKERS = ("v_pred", "ztsnr")
-_METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
+_METADATA = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
+# Kohya's trainers say it with a flag.
+_V_FLAG = "ss_v_parameterization"
 _WORDS = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
     "v-prediction": "v_prediction",
+    "v_pred": "v_prediction",
+    "velocity": "v_prediction",
     "eps": "epsilon",
     "epsilon": "epsilon",
     "sample": "sample",
@@ -61,6 +66,8 @@ def stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> Pr
         stated = metadata.get(key, "").strip().lower()
         if stated in _WORDS:
             return Prediction(_WORDS[stated], f"its metadata has {key} {metadata[key]}")
+    if metadata.get(_V_FLAG, "").strip().lower() in ("true", "1"):
+        return Prediction("v_prediction", f"its metadata has {_V_FLAG} {metadata[_V_FLAG]}")
     return Prediction()
 
 
