@@ -224,15 +224,43 @@ def test_positions_that_the_config_does_not_have_are_an_error(
     assert plan_of(tmp_path).counts["lora"] > 0
 
 
+@pytest.mark.parametrize("role", ["base", "distilled"])
+def test_every_1x1_convolution_of_a_parent_may_be_a_matrix(
+    tiny_sd15: Path, tmp_path: Path, role: str
+) -> None:
+    models = {name: str(tiny_sd15 / name) for name in ("base", "distilled", "target")}
+    parent = Path(shutil.copytree(tiny_sd15 / role, tmp_path / "parent"))
+    change(
+        parent / Path(UNET).name,
+        lambda t: {k: v[:, :, 0, 0] if v.shape[2:] == (1, 1) else v for k, v in t.items()},
+    )
+    shapes = {k: v.shape for k, v in load_file(parent / Path(UNET).name).items()}
+    assert any(len(s) == 2 for k, s in shapes.items() if k.endswith("conv_shortcut.weight"))
+    found = []
+    for name, used in (("a", models), ("b", {**models, role: str(parent)})):
+        write_recipe(tmp_path, models=used)
+        recipe = load_recipe(tmp_path / "mini.yaml")
+        run_recipe(recipe, tmp_path / name, device="cpu", verify=False)
+        found.append(load_file(tmp_path / name / UNET))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "vae"),
+        ("text_encoder/model.safetensors", "text_encoder"),
+    ],
+)
 def test_keys_that_nothing_loads_are_named(
-    tiny_sd15: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_sd15: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, component: str
 ) -> None:
     target = copied(tiny_sd15, tmp_path)
-    name = "vae/diffusion_pytorch_model.safetensors"
     change(target / name, lambda t: {**t, "loss.logvar": torch.zeros(1)})
     recipe_over(tmp_path, tiny_sd15, "./target")
     run_recipe(load_recipe(tmp_path / "mini.yaml"), tmp_path / "a", device="cpu", verify=False)
-    assert "vae: nothing loads its keys loss.logvar" in caplog.text
+    assert caplog.text.count(f"{component}: nothing loads its keys loss.logvar") == 1
     assert (tmp_path / "a" / name).read_bytes() == (target / name).read_bytes()
 
 

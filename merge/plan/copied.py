@@ -54,8 +54,10 @@ def read_copied(target: Opened, merged: Collection[str]) -> Copied:
         copies, fit = fit_copies(
             part.name, copies_of(intake.checkpoint), part.config, part.class_name
         )
-        problems += fit.problems
-        found.warnings += fit.notes
+        if known is None:
+            # What could be merged was held against its config when it was opened.
+            problems += fit.problems
+            found.warnings += fit.notes
         is_pickle = bool(part.converted_name)
         if is_pickle or fit.shapes or not _is_as_stored(intake.checkpoint):
             found.relaid[_export_name(part)] = copies

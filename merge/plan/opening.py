@@ -25,8 +25,8 @@ from merge.reader import Checkpoint, read_checkpoint
 from merge.sources import ResolvedModel, SourceFile, Sources, opener_of
 
 _UNET_CLASS = "UNet2DConditionModel"
-# Layers that are 1x1 convolutions in some models of a family and matrices in others.
-_POINTWISE = (".proj_in.weight", ".proj_out.weight")
+# 1x1 convolutions, which some models of a family and some tools have as matrices.
+_POINTWISE = (".proj_in.weight", ".proj_out.weight", ".conv_shortcut.weight")
 
 
 @dataclass(frozen=True, slots=True)
