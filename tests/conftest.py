@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,15 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "sdxl"
     make_sdxl(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def single(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tensors of a whole single file, by key."""
+    from safetensors.torch import load_file
+
+    from merge import convert
+
+    path = tmp_path_factory.mktemp("single") / "s.safetensors"
+    convert(tiny_sd15 / "target", path)
+    return load_file(path)

@@ -30,14 +30,6 @@ from tests.mini import (
 PREFIX = "model.diffusion_model."
 
 
-@pytest.fixture(scope="module")
-def single(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensors:
-    """A whole single file's tensors."""
-    path = tmp_path_factory.mktemp("single") / "s.safetensors"
-    convert(tiny_sd15 / "target", path)
-    return load_file(path)
-
-
 def write_single(
     folder: Path, tensors: Tensors, config: Path, metadata: dict[str, str] | None = None
 ) -> dict[str, str]:

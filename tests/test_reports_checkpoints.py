@@ -38,13 +38,6 @@ CLIP = "cond_stage_model.transformer.text_model."
 POSITIONS = f"{CLIP}embeddings.position_ids"
 
 
-@pytest.fixture(scope="module")
-def single(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensors:
-    path = tmp_path_factory.mktemp("single") / "s.safetensors"
-    convert(tiny_sd15 / "target", path)
-    return load_file(path)
-
-
 def folder_of(tensors: Tensors, config: Path, folder: Path) -> Path:
     save_file(dict(tensors), folder / "in.safetensors")
     convert(folder / "in.safetensors", folder / "out", config=config)
@@ -349,7 +342,6 @@ def test_a_model_of_another_kind_is_named(
     own = (
         {} if "image_proj" in extra else {k: v for k, v in models["base"].items() if "out" not in k}
     )
-    write_unet(tmp_path / "other", {**models["base"], **own})
     shutil.rmtree(tmp_path / role)
     (tmp_path / role).mkdir()
     save_file({**own, extra: torch.zeros(4, 4)}, tmp_path / role / f"{STEM}.safetensors")

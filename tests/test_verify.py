@@ -962,9 +962,7 @@ def test_run_fails_when_the_result_is_not_as_expected(
     assert read_report(tmp_path / "out")["passed"] is False
 
 
-def test_an_edit_may_have_steps_of_its_own(
-    export: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_edit_may_have_steps_of_its_own(export: Path, tiny_sd15: Path) -> None:
     (plain,) = ONE
     edits = [
         plain,

@@ -4,14 +4,13 @@ Told by names, shapes, dtypes and metadata alone.
 """
 
 from merge.kinds.average import AVERAGE_PREFIX, PLAIN_PREFIX, averaged_keys
-from merge.kinds.foreign import CONTROLNET, foreign_kind
+from merge.kinds.foreign import foreign_kind, is_controlnet
 from merge.kinds.prediction import EDM, Prediction, is_marker, stated_prediction
 from merge.kinds.quantized import FLOAT8, Quantized, find_scales
 from merge.kinds.wrappers import unwrapped
 
 __all__ = [
     "AVERAGE_PREFIX",
-    "CONTROLNET",
     "EDM",
     "FLOAT8",
     "PLAIN_PREFIX",
@@ -20,6 +19,7 @@ __all__ = [
     "averaged_keys",
     "find_scales",
     "foreign_kind",
+    "is_controlnet",
     "is_marker",
     "stated_prediction",
     "unwrapped",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 Shape = tuple[int, ...]
 
-# The only one of them that has a UNet's own keys as well.
-CONTROLNET = "a ControlNet"
-
+_CONTROLNET = re.compile(r"control_model\.|controlnet_cond_embedding\.|controlnet_down_blocks\.")
 # What some keys of a file begin with, and what it then is.
 _KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
@@ -17,10 +15,7 @@ _KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
         "a textual-inversion embedding",
     ),
     (re.compile(r"image_proj(?:_model)?\.|ip_adapter\.|adapter_modules\."), "an IP-Adapter"),
-    (
-        re.compile(r"(?:control_model\.|controlnet_cond_embedding\.|controlnet_down_blocks\.)"),
-        CONTROLNET,
-    ),
+    (_CONTROLNET, "a ControlNet"),
     (re.compile(r"adapter\.(?:body|conv_in|unshuffle)\."), "a T2I-Adapter"),
     (re.compile(r"(?:.+\.)?motion_modules\."), "a motion module of AnimateDiff"),
     (re.compile(r"hypernetwork|\d+\.(?:0|1)\.linear"), "a hypernetwork"),
@@ -35,6 +30,11 @@ _KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"text_model\.|(?:.+\.)?resblocks\."), "a text encoder"),
 )
 _SD_UNET = re.compile(r"(?:.*\.)?(?:conv_in|input_blocks\.0\.0)\.weight")
+
+
+def is_controlnet(names: Iterable[str]) -> bool:
+    """Return True for the keys of a ControlNet, which has a UNet's own keys as well."""
+    return any(_CONTROLNET.match(name) for name in names)
 
 
 def foreign_kind(shapes: Mapping[str, Shape]) -> str:

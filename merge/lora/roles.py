@@ -113,8 +113,9 @@ def split_role(name: str) -> tuple[str, str]:
     for suffix, role in _PROCESSOR_ROLES.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix) + "_lora", role
+    whole = _BLOCK.sub("", name)
     for suffix, why in _REFUSED:
-        if _BLOCK.sub("", name).endswith(suffix):
+        if whole.endswith(suffix):
             raise ValueError(why)
     if match := _NAMED.fullmatch(name):
         return match["stem"], _NAMED_ROLES[match["role"]]

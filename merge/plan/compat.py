@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge.errors import CheckpointError, PlanError
-from merge.kinds import CONTROLNET, EDM, foreign_kind
+from merge.kinds import EDM, foreign_kind, is_controlnet
 from merge.lora import foreign_family, has_magnitudes, is_lora
 from merge.plan.opening import Opened, OpenedSources, open_models
 from merge.sources import Sources
@@ -54,15 +54,14 @@ def _check_kinds(sources: OpenedSources) -> list[str]:
     problems = []
     for opened in sources.models:
         names = opened.checkpoint.tensors
-        kind = foreign_kind(opened.checkpoint.shapes)
         if opened.prediction.kind == EDM:
             problems.append(
                 f"{opened.title} is {opened.prediction.title}; the delta of an epsilon model means "
                 "something else there"
             )
-        elif opened.unet is not None and kind != CONTROLNET:
+        elif opened.unet is not None and not is_controlnet(names):
             continue
-        elif kind:
+        elif kind := foreign_kind(opened.checkpoint.shapes):
             problems.append(f"{opened.title} is no UNet and no LoRA: it is {kind}")
         elif not is_lora(names):
             shown = ", ".join(sorted(names)[:3]) or "no tensors"

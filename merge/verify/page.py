@@ -16,7 +16,6 @@ import jinja2
 from PIL import Image
 
 from merge._version import __version__
-from merge.editor import EditSettings
 from merge.verify.checks import CHECKS, CheckKind
 from merge.verify.model import BlockNorm, Check, EditRow, Picture
 from merge.verify.report import Report, mean
@@ -137,7 +136,7 @@ def _facts(report: Report) -> list[dict[str, str]]:
     merged = [row.pictures["merged"] for row in report.rows]
     facts = [
         ("Weight", _number(report.recipe["weight"]), "") if "weight" in report.recipe else None,
-        ("Steps", ", ".join(dict.fromkeys(str(_count_steps(p.settings)) for p in merged)), ""),
+        ("Steps", ", ".join(dict.fromkeys(str(_count_steps(p)) for p in merged)), ""),
         ("Guidance", _number(settings.guidance_scale), ""),
         ("Image guidance", _number(settings.image_guidance_scale), ""),
         ("UNet rows", _number(mean([p.unet_rows for p in merged])), "per edit"),
@@ -219,11 +218,12 @@ def _kind_name(kind: str) -> str:
 
 
 def _steps(picture: Picture) -> str:
-    count = _count_steps(picture.settings)
+    count = _count_steps(picture)
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _count_steps(settings: EditSettings) -> int:
+def _count_steps(picture: Picture) -> int:
+    settings = picture.settings
     return len(settings.timesteps) if settings.timesteps else settings.steps
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import sample
 import torch
 import world
-from training import VALIDATION_SEED, Run
+from training import Run
+from world import VALIDATION_SEED
 
 
 class Check:

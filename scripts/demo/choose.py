@@ -20,13 +20,11 @@ from pathlib import Path
 from choice import FILE
 from scoring import (
     ROOT,
-    VALIDATION_SEED,
     Result,
     Setting,
-    describe,
-    draw_edits,
     score_all,
 )
+from world import VALIDATION_SEED
 
 COARSE_COUNT, FINE_COUNT = 400, 1_000  # edits
 COARSE = (None, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -94,12 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def run(settings: list[Setting], count: int) -> list[Result]:
-        is_open = draw_edits(VALIDATION_SEED, count).is_open
-        results = []
-        for result in score_all(settings, VALIDATION_SEED, count, arguments.cache, arguments.jobs):
-            results.append(result)
-            print(describe(result, is_open), flush=True)
-        return results
+        return score_all(settings, VALIDATION_SEED, count, arguments.cache, arguments.jobs)
 
     coarse = run(coarse_grid(), COARSE_COUNT)
     coarse_means = means(coarse)

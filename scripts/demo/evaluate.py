@@ -11,25 +11,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from choice import Choice, load_choice
 from scoring import (
     ROOT,
     SMALL,
-    TEST_SEED,
     Setting,
-    describe,
     draw_edits,
     score,
     score_all,
 )
+from world import TEST_SEED
 
 COUNT = 1_000
 STEPS = (8, 4, 3, 2, 1)
 ALSO = (999, 299)  # in two steps, besides the chosen ones
 GUIDANCE = (1.0, 1.5, 2.0)
 OWN_STEPS, OWN_GUIDANCE = (50, 8, 4, 3, 2, 1), 1.5  # of the target with its own DDIM
+TARGET_50 = Setting("target", 50, guidance_scale=OWN_GUIDANCE, scheduler="own")
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # 0 is the target itself
 
 
@@ -39,21 +40,18 @@ def places(choice: Choice, steps: int) -> list[tuple[int, ...] | None]:
     return list(dict.fromkeys((None, choice.timesteps[steps], *others)))
 
 
+def models_of(choice: Choice) -> tuple[tuple[str, float | None], ...]:
+    """Return the models that every table compares, each with its weight."""
+    return ("target", None), ("demo", choice.weight), ("demo-lora", choice.weight)
+
+
 def settings_of(choice: Choice) -> list[Setting]:
     """List every line of the tables, each once."""
-    models: tuple[tuple[str, float | None], ...] = (
-        ("target", None),
-        ("demo", choice.weight),
-        ("demo-lora", choice.weight),
-    )
-    found = [
-        Setting("target", steps, guidance_scale=OWN_GUIDANCE, scheduler="own")
-        for steps in OWN_STEPS
-    ]
+    found = [replace(TARGET_50, steps=steps) for steps in OWN_STEPS]
     found += [
         Setting(model, steps, weight, timesteps, guidance)
         for guidance in GUIDANCE
-        for model, weight in models
+        for model, weight in models_of(choice)
         for steps in STEPS
         for timesteps in places(choice, steps)
     ]
@@ -68,7 +66,7 @@ def settings_of(choice: Choice) -> list[Setting]:
         Setting("demo", steps, choice.weight, choice.timesteps[steps], channel_rule="first")
         for steps in (4, 2)
     ]
-    found.append(Setting("target", 50, guidance_scale=OWN_GUIDANCE, scheduler="own", size=SMALL))
+    found.append(replace(TARGET_50, size=SMALL))
     for small in (None, *WEIGHTS):
         model = "target" if small is None else "demo"
         for steps in (4, 2):
@@ -105,13 +103,9 @@ def main() -> None:
         sys.exit(_judge(arguments))
     import report
 
-    edits = draw_edits(TEST_SEED, arguments.count)
-    results = []
     settings = settings_of(load_choice())
-    for result in score_all(settings, TEST_SEED, arguments.count, arguments.cache, arguments.jobs):
-        results.append(result)
-        print(describe(result, edits.is_open), flush=True)
-    report.write(results, edits)
+    results = score_all(settings, TEST_SEED, arguments.count, arguments.cache, arguments.jobs)
+    report.write(results, draw_edits(TEST_SEED, arguments.count))
 
 
 def _timesteps(text: str) -> tuple[int, tuple[int, ...] | None]:

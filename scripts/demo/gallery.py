@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import world
 from choice import load_choice
+from evaluate import TARGET_50
 from PIL import Image, ImageDraw, ImageFont
-from scoring import HERE, VALIDATION_SEED, Setting, checkpoint, draw_edits, edit_pictures, score
+from scoring import HERE, Setting, checkpoint, draw_edits, edit_pictures, score
+from world import VALIDATION_SEED
 
 COUNT = 400
 _SHOWN = 5
@@ -42,7 +44,6 @@ def draw(out: Path) -> None:
     choice = load_choice()
     two = Setting("target", 2, timesteps=choice.timesteps[2])
     four = Setting("target", 4, timesteps=choice.timesteps[4])
-    own = Setting("target", 50, guidance_scale=1.5, scheduler="own")
     with tempfile.TemporaryDirectory() as scratch:
         target = checkpoint(two, Path(scratch))
         merged = checkpoint(Setting("demo", 2, choice.weight), Path(scratch))
@@ -51,7 +52,7 @@ def draw(out: Path) -> None:
         few = _take(edits, chosen)
         columns = [_Column("source", world.render(few.source), [True] * len(chosen))]
         for title, folder, setting in (
-            ("target\n50 steps", target, own),
+            ("target\n50 steps", target, TARGET_50),
             ("unmerged\n4 steps", target, four),
             ("merged\n4 steps", merged, four),
             ("unmerged\n2 steps", target, two),

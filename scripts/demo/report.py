@@ -9,7 +9,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import world
 from choice import Choice, load_choice
-from evaluate import GUIDANCE, OWN_GUIDANCE, OWN_STEPS, STEPS, WEIGHTS, places
+from evaluate import (
+    GUIDANCE,
+    OWN_GUIDANCE,
+    OWN_STEPS,
+    STEPS,
+    TARGET_50,
+    WEIGHTS,
+    models_of,
+    places,
+)
 from scoring import HERE, LARGE, SMALL, Result, Setting, difference, norms
 
 _NAMES = {
@@ -21,7 +30,6 @@ _HEAD = (
     "| model | steps | timesteps | UNet rows | right | 95 % interval | open | closed | distance |",
     "|---|---|---|---|---|---|---|---|---|",
 )
-_TARGET_50 = Setting("target", 50, guidance_scale=OWN_GUIDANCE, scheduler="own")
 # What the demo promises: this share of the target's 50 steps in four, so much over it in two.
 SHARE_OF_50_STEPS, POINTS_AT_2_STEPS = 0.95, 0.25
 
@@ -72,6 +80,7 @@ def write(results: Sequence[Result], edits: world.Edits) -> None:
     choice = load_choice()
     rows = {result.setting: result for result in results}
     count = len(edits.is_open)
+    far = {size: norms(size) for size in (LARGE, SMALL)}
     text = "\n".join(
         [
             _HEADER.format(count=count, limit=world.RIGHT_BELOW),
@@ -81,7 +90,7 @@ def write(results: Sequence[Result], edits: world.Edits) -> None:
             "",
             f"DDIM, guidance scale {OWN_GUIDANCE:g}.",
             "",
-            *_table(rows, (replace(_TARGET_50, steps=n) for n in OWN_STEPS), edits.is_open),
+            *_table(rows, (replace(TARGET_50, steps=n) for n in OWN_STEPS), edits.is_open),
             "",
             *_few_steps(rows, choice, edits.is_open),
             "## Weights and channel rules",
@@ -95,7 +104,7 @@ def write(results: Sequence[Result], edits: world.Edits) -> None:
             "",
             "## Small models and large ones",
             "",
-            *_sizes(rows, choice),
+            *_sizes(rows, choice, far),
             _MADE.rstrip(),
             _FALLS_SHORT.rstrip(),
         ]
@@ -104,8 +113,8 @@ def write(results: Sequence[Result], edits: world.Edits) -> None:
     numbers = {
         "count": count,
         "norms": {
-            size: {name: round(value, 4) for name, value in norms(size).items()}
-            for size in (LARGE, SMALL)
+            size: {name: round(value, 4) for name, value in values.items()}
+            for size, values in far.items()
         },
         "results": [
             {
@@ -124,7 +133,7 @@ def write(results: Sequence[Result], edits: world.Edits) -> None:
 
 def _promises(rows: dict[Setting, Result], choice: Choice) -> list[str]:
     """Say whether the models show what the demo is for, with the numbers."""
-    whole = rows[_TARGET_50]
+    whole = rows[TARGET_50]
     four = rows[Setting("demo", 4, choice.weight, choice.timesteps[4])]
     ratio = four.share / whole.share
 
@@ -158,11 +167,7 @@ def _few_steps(rows: dict[Setting, Result], choice: Choice, is_open: np.ndarray)
             Setting(model, steps, weight, timesteps, guidance)
             for steps in STEPS
             for timesteps in places(choice, steps)
-            for model, weight in (
-                ("target", None),
-                ("demo", choice.weight),
-                ("demo-lora", choice.weight),
-            )
+            for model, weight in models_of(choice)
         ]
         yield from _table(rows, settings, is_open)
         yield ""
@@ -208,25 +213,33 @@ def _cells(results: Iterable[Result]) -> str:
 
 
 def _weight_table(rows: dict[Setting, Result], choice: Choice) -> Iterable[str]:
-    columns = []
+    columns = {}
     for steps in (4, 2):
         placed = Setting("demo", steps, 1.0, choice.timesteps[steps])
-        columns += [
-            (f"{steps} steps", placed),
-            (f"{steps} steps, LCM's own", replace(placed, timesteps=None)),
-            (f"{steps} steps, LoRA", replace(placed, model="demo-lora")),
-            (f"{steps} steps, `first`", replace(placed, channel_rule="first")),
-        ]
-    rows_of_four = [setting for _, setting in columns]
-    yield f"| weight | {' | '.join(name for name, _ in columns)} |"
+        columns |= {
+            f"{steps} steps": placed,
+            f"{steps} steps, LCM's own": replace(placed, timesteps=None),
+            f"{steps} steps, LoRA": replace(placed, model="demo-lora"),
+            f"{steps} steps, `first`": replace(placed, channel_rule="first"),
+        }
+    yield from _over_weights(rows, columns, sorted({0.0, *WEIGHTS, choice.weight}))
+
+
+def _over_weights(
+    rows: dict[Setting, Result], columns: dict[str, Setting], weights: Iterable[float]
+) -> Iterable[str]:
+    """Return a table with a line for each weight and a column for each setting."""
+    settings = columns.values()
+    yield f"| weight | {' | '.join(columns)} |"
     yield f"|---{'|---' * len(columns)}|"
-    yield f"| UNet rows | {' | '.join(str(rows[s].unet_rows) for s in rows_of_four)} |"
-    for weight in sorted({0.0, *WEIGHTS, choice.weight}):
-        yield f"| {weight:g} | {_cells(_at_weight(rows, s, weight) for s in rows_of_four)} |"
+    yield f"| UNet rows | {' | '.join(str(rows[s].unet_rows) for s in settings)} |"
+    for weight in weights:
+        yield f"| {weight:g} | {_cells(_at_weight(rows, s, weight) for s in settings)} |"
 
 
-def _sizes(rows: dict[Setting, Result], choice: Choice) -> Iterable[str]:
-    far = {size: norms(size) for size in (LARGE, SMALL)}
+def _sizes(
+    rows: dict[Setting, Result], choice: Choice, far: dict[str, dict[str, float]]
+) -> Iterable[str]:
     yield (
         "Merged, full delta, guidance 1: the same world, text encoder and autoencoder; UNets of "
         "7.0 M and 2.5 M parameters. Norms of differences relative to the base's: target "
@@ -234,33 +247,25 @@ def _sizes(rows: dict[Setting, Result], choice: Choice) -> Iterable[str]:
         f"{far[LARGE]['distilled']:.3f} and {far[SMALL]['distilled']:.3f}."
     )
     yield ""
-    own = [rows[replace(_TARGET_50, size=size)] for size in (LARGE, SMALL)]
+    own = [rows[replace(TARGET_50, size=size)] for size in (LARGE, SMALL)]
     yield "In 50 steps the targets get " + " and ".join(f"{r.share:.1%}" for r in own) + " right."
     yield ""
-    settings = [
-        Setting("demo", steps, 1.0, timesteps, size=size)
+    columns = {
+        f"{size}, {steps} steps{where}": Setting("demo", steps, 1.0, timesteps, size=size)
         for steps in (4, 2)
-        for timesteps in (choice.timesteps[steps], None)
+        for timesteps, where in ((choice.timesteps[steps], ""), (None, ", LCM's own"))
         for size in (LARGE, SMALL)
-    ]
-    names = [
-        f"{s.size}, {s.steps} steps{'' if s.timesteps else ', LCM' + chr(39) + 's own'}"
-        for s in settings
-    ]
-    yield f"| weight | {' | '.join(names)} |"
-    yield f"|---{'|---' * len(names)}|"
-    yield f"| UNet rows | {' | '.join(str(rows[s].unet_rows) for s in settings)} |"
-    for weight in (0.0, *WEIGHTS):
-        yield f"| {weight:g} | {_cells(_at_weight(rows, s, weight) for s in settings)} |"
+    }
+    yield from _over_weights(rows, columns, (0.0, *WEIGHTS))
     yield ""
-    best = {
-        size: max(WEIGHTS, key=lambda w, s=s: _at_weight(rows, s, w).share)
-        for size, s in ((s.size, s) for s in settings if s.steps == 4 and s.timesteps is None)
-    }
-    gains = {
-        size: _at_weight(rows, s, best[size]).share - _at_weight(rows, s, 0).share
-        for size, s in ((s.size, s) for s in settings if s.steps == 4 and s.timesteps is None)
-    }
+    best, gains = {}, {}
+    for size in (LARGE, SMALL):
+        shares = {
+            weight: _at_weight(rows, Setting("demo", 4, 1.0, size=size), weight).share
+            for weight in (0.0, *WEIGHTS)
+        }
+        best[size] = max(WEIGHTS, key=shares.__getitem__)
+        gains[size] = shares[best[size]] - shares[0.0]
     yield (
         "Interference falls with size: with LCM's own four timesteps the best weight of the large "
         f"models is {best[LARGE]:g} and gains {100 * gains[LARGE]:.0f} points, that of the small "
@@ -287,13 +292,13 @@ def _plot(rows: dict[Setting, Result], choice: Choice) -> None:
     ]
     for setting, colour, style in lines:
         results = [_at_weight(rows, setting, weight) for weight in weights]
-        places = "placed" if setting.timesteps else "LCM's own"
-        label = f"{setting.size}, {setting.steps} steps, {places} timesteps"
+        where = "placed" if setting.timesteps else "LCM's own"
+        label = f"{setting.size}, {setting.steps} steps, {where} timesteps"
         shares = [result.share for result in results]
         axes.plot(weights, shares, style, color=colour, marker="o", ms=4, label=label)
         bounds = np.array([result.bounds for result in results]).T
         axes.fill_between(weights, *bounds, color=colour, alpha=0.1, lw=0)
-    axes.axhline(rows[_TARGET_50].share, color="#777", lw=1, label="large target, 50 DDIM steps")
+    axes.axhline(rows[TARGET_50].share, color="#777", lw=1, label="large target, 50 DDIM steps")
     axes.set(xlabel="weight of the delta (0: unmerged)", ylabel="right edits", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     for side in ("top", "right"):

@@ -28,8 +28,6 @@ from distil import train_distilled, train_lora
 from presets import PRESETS
 from training import (
     EMPTY,
-    TRAINING_SEED,
-    VALIDATION_SEED,
     Noise,
     Optimizer,
     Run,
@@ -40,6 +38,7 @@ from training import (
     relative_norm,
     v_loss,
 )
+from world import TRAINING_SEED, VALIDATION_SEED
 
 ROOT = Path(__file__).resolve().parents[2]
 

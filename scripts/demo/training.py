@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import world
 from presets import Preset
+from world import TRAINING_SEED
 
-TRAINING_SEED, VALIDATION_SEED = 1, 2  # the test's is in evaluate.py
 EMPTY = 0  # the row of the empty text
 
 
