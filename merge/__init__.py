@@ -20,44 +20,43 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from merge.conversion import convert
-    from merge.editor import (
-        EditRequest,
-        EditSettings,
-        edit,
-        edit_many,
-        load_editor,
-        load_image,
-    )
+    from merge.conversion.directions import convert
+    from merge.editor.batches import edit, edit_many
+    from merge.editor.load import load_editor
+    from merge.editor.pictures import load_image
+    from merge.editor.result import EditRequest
+    from merge.editor.settings import EditSettings
     from merge.errors import MergeError
-    from merge.extract import extract_lora
-    from merge.lock import load_lock
-    from merge.plan import build_plan
-    from merge.publication import publish
-    from merge.recipe import load_recipe
-    from merge.run import reproduce, run_recipe
-    from merge.sources import resolve_sources
-    from merge.verify import verify_files, verify_folder
+    from merge.extract.extraction import extract_lora
+    from merge.plan.build import build_plan
+    from merge.publication.publish import publish
+    from merge.recipe.load import load_recipe
+    from merge.records.lock.read import load_lock
+    from merge.run.repetition import reproduce
+    from merge.run.stages import run_recipe
+    from merge.sources.resolve import resolve_sources
+    from merge.verify.files import verify_files
+    from merge.verify.folder import verify_folder
 
 _HOMES = {
-    "EditRequest": "merge.editor",
-    "EditSettings": "merge.editor",
+    "EditRequest": "merge.editor.result",
+    "EditSettings": "merge.editor.settings",
     "MergeError": "merge.errors",
-    "build_plan": "merge.plan",
-    "convert": "merge.conversion",
-    "edit": "merge.editor",
-    "edit_many": "merge.editor",
-    "extract_lora": "merge.extract",
-    "load_editor": "merge.editor",
-    "load_image": "merge.editor",
-    "load_lock": "merge.lock",
-    "load_recipe": "merge.recipe",
-    "publish": "merge.publication",
-    "reproduce": "merge.run",
-    "resolve_sources": "merge.sources",
-    "run_recipe": "merge.run",
-    "verify_files": "merge.verify",
-    "verify_folder": "merge.verify",
+    "build_plan": "merge.plan.build",
+    "convert": "merge.conversion.directions",
+    "edit": "merge.editor.batches",
+    "edit_many": "merge.editor.batches",
+    "extract_lora": "merge.extract.extraction",
+    "load_editor": "merge.editor.load",
+    "load_image": "merge.editor.pictures",
+    "load_lock": "merge.records.lock.read",
+    "load_recipe": "merge.recipe.load",
+    "publish": "merge.publication.publish",
+    "reproduce": "merge.run.repetition",
+    "resolve_sources": "merge.sources.resolve",
+    "run_recipe": "merge.run.stages",
+    "verify_files": "merge.verify.files",
+    "verify_folder": "merge.verify.folder",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ import sys
 def main() -> None:
     """Run the command line and end the process with its status."""
     try:
-        from merge.cli import main as run_cli
+        from merge.cli.main import main as run_cli
 
         run_cli()
     except KeyboardInterrupt:

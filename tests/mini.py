@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from merge import build_plan, load_recipe, resolve_sources
-from merge.plan import MergePlan
+from merge.plan.model import MergePlan
 
 Tensors = Mapping[str, torch.Tensor]
 

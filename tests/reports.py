@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from merge.editor import EditSettings
+from merge.editor.settings import EditSettings
 from merge.verify.checks import make_check
 from merge.verify.drawings import draw_picture
 from merge.verify.edits import DEFAULT_EDITS

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge import load_recipe, run_recipe
-from merge.bake import bake_bias, guidance_embedding
+from merge.engine.bake import bake_bias, guidance_embedding
 from merge.errors import PlanError
-from merge.plan import plan_to_json, render_plan
+from merge.plan.render import plan_to_json, render_plan
 from tests.mini import (
     bits,
     numpy_float32,

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 
 from merge import load_recipe, run_recipe
 from merge.errors import PlanError
-from merge.keymap import block_order, unet_blocks
-from merge.plan import plan_to_json, render_plan
+from merge.family.blocks import UNET_BLOCKS, block_order, unet_blocks
 from merge.plan.patterns import block_weight
+from merge.plan.render import plan_to_json, render_plan
 from tests.mini import (
     bits,
     numpy_float32,
@@ -84,14 +84,16 @@ def test_blocks_by_hand(family: str, key: str, block: str) -> None:
 def test_the_most_specific_pattern_wins() -> None:
     key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     weights = {"IN04": 0.25, "*": 1.0}
-    assert block_weight(key, weights, 2.0, "IN04") == 0.25
-    assert block_weight(key, {**weights, "*attn2*": 3.0}, 2.0, "IN04") == 0.25
+    assert block_weight(key, weights, 2.0, UNET_BLOCKS, "IN04") == 0.25
+    assert block_weight(key, {**weights, "*attn2*": 3.0}, 2.0, UNET_BLOCKS, "IN04") == 0.25
     longer = {**weights, "down_blocks.1.attentions.0.transformer_blocks.*": 0.75}
-    assert block_weight(key, longer, 2.0, "IN04") == 0.75
-    assert block_weight(key, {"IN05": 0.5}, 2.0, "IN04") == 2.0
+    assert block_weight(key, longer, 2.0, UNET_BLOCKS, "IN04") == 0.75
+    assert block_weight(key, {"IN05": 0.5}, 2.0, UNET_BLOCKS, "IN04") == 2.0
     with pytest.raises(ValueError, match=r"IN04 and down_blocks\.1\.attentions\.0\.\* are equally"):
-        block_weight(key, {"IN04": 0.5, "down_blocks.1.attentions.0.*": 0.6}, 1.0, "IN04")
-    assert block_weight("text_encoder.a.b", {"BASE": 0.5}, 1.0, "BASE") == 0.5
+        block_weight(
+            key, {"IN04": 0.5, "down_blocks.1.attentions.0.*": 0.6}, 1.0, UNET_BLOCKS, "IN04"
+        )
+    assert block_weight("text_encoder.a.b", {"BASE": 0.5}, 1.0, UNET_BLOCKS, "BASE") == 0.5
 
 
 # Through a recipe --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from merge import load_recipe
-from merge.recipe import bundled_recipes
+from merge.recipe.bundled import bundled_recipes
 from tests.hub import HubServer
 from tests.stand_ins import LORA, UNET, write_hub
 

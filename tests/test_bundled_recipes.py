@@ -15,8 +15,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from merge.editor.schedule import Noise, Schedule, draw_noise, make_schedule
 from merge.editor.settings import EditSettings
-from merge.export import scheduler_config
-from merge.recipe import Recipe, bundled_recipes, load_recipe
+from merge.family.stable_diffusion import SD1
+from merge.plan.export import scheduler_config
+from merge.recipe.bundled import bundled_recipes
+from merge.recipe.load import load_recipe
+from merge.recipe.schema import Recipe
 from merge.recipe.validate import validate
 
 RECIPES = bundled_recipes()
@@ -42,7 +45,7 @@ def comment_of(path: Path) -> str:
 
 def exported_scheduler(recipe: Recipe) -> SchedulerMixin:
     """Load the scheduler that the recipe's export would have, as diffusers does."""
-    config = scheduler_config(recipe.scheduler, EDITOR_SCHEDULER, None)
+    config = scheduler_config(recipe.scheduler, EDITOR_SCHEDULER, None, SD1.scheduler_keys)
     return getattr(diffusers, recipe.scheduler.class_name).from_config(config)
 
 

@@ -18,16 +18,11 @@ from PIL import Image
 
 from merge import EditSettings, load_editor, load_recipe, run_recipe
 from merge import edit as edit_picture
-from merge.card import (
-    CARD_MARKER,
-    CARD_NAME,
-    CardLicence,
-    draft_card,
-    refresh_card,
-    render_card,
-)
+from merge.card.metadata import CardLicence
+from merge.card.refresh import draft_card, refresh_card
+from merge.card.render import CARD_MARKER, CARD_NAME, render_card
 from merge.errors import CheckpointError, SourceNotFoundError
-from merge.manifest import LOCK_NAME, MANIFEST_NAME
+from merge.records.folder import LOCK_NAME, MANIFEST_NAME
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PLACEHOLDER = "path/to/this/folder"

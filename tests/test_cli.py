@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import save_file
 
 import merge
-from merge.cli import main as cli_main
+from merge.cli.main import main as cli_main
 from tests.mini import random_tensors, write_models, write_recipe, write_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -63,7 +63,7 @@ def entries(folder: Path) -> list[Path]:
 )
 def test_light_commands_import_neither_torch_nor_diffusers(words: list[str]) -> None:
     code = (
-        "import sys\nfrom merge.cli import main\n"
+        "import sys\nfrom merge.cli.main import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit as stop:\n"
         "    heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "    print(heavy or 'light', stop.code, file=sys.stderr)\n"
@@ -468,7 +468,7 @@ def test_every_stage_has_words_or_is_silent_on_purpose() -> None:
     from merge.cli.output import _SILENT_STAGES, _STAGE_WORDS
 
     package = Path(merge.__file__).parent
-    pattern = re.compile(r"(?:progress|bars)\(\s*\"(\w+)\"")
+    pattern = re.compile(r"(?:progress|bars|tell)\(\s*\"(\w+)\"")
     told = {name for path in package.rglob("*.py") for name in pattern.findall(path.read_text())}
     assert {"merge", "verify", "resolve", "convert"} <= told
     assert told == {*_STAGE_WORDS, *_SILENT_STAGES}

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from merge.cli import main as cli_main
-from merge.editor import EditSettings, edit, load_editor
+from merge.cli.main import main as cli_main
+from merge.editor.batches import edit
+from merge.editor.load import load_editor
+from merge.editor.settings import EditSettings
 
 
 @pytest.fixture(scope="module")

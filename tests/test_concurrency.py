@@ -14,7 +14,7 @@ import pytest
 
 from merge import load_recipe, run_recipe
 from merge.errors import CheckpointError, IntegrityError, OutputError
-from merge.reader import FileReader
+from merge.reader.checkpoint import FileReader
 from tests.mini import contents, random_tensors, write_unet
 from tests.together import exit_codes
 

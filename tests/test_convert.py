@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import convert
-from merge.conversion import WrittenFile, single_file_metadata
+from merge.conversion.metadata import single_file_metadata
+from merge.conversion.model import WrittenFile
 from merge.errors import (
     CheckpointError,
     IntegrityError,
@@ -29,7 +30,8 @@ from merge.errors import (
     SourceError,
     SourceNotFoundError,
 )
-from merge.keymap import UNetArchitecture
+from merge.family.model import Recognised
+from merge.family.stable_diffusion import SD2
 
 FAMILIES = ("sd15", "sdxl")
 PARTS = {
@@ -487,7 +489,7 @@ def test_stable_diffusion_2_is_refused(tiny_sd15: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Stable Diffusion 2\.x model, whose single-file"):
         convert(tmp_path / "two", tmp_path / "out.safetensors")
     with pytest.raises(CheckpointError, match=r"layout of Stable Diffusion 2\.x models is not"):
-        single_file_metadata(UNetArchitecture("sd21", 8, 1024, False), "two")
+        single_file_metadata(Recognised(SD2, 8, 1024, False), "two")
 
 
 def test_configs_that_cannot_be_used(
@@ -657,7 +659,7 @@ def test_the_command_converts_both_ways(tiny_sd15: Path, tmp_path: Path) -> None
 def test_the_command_fails_with_one_message_and_a_hint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
 ) -> None:
-    from merge.cli import main
+    from merge.cli.main import main
 
     save_file({"a": torch.zeros(1)}, tmp_path / "in.safetensors")
     words = [str(tmp_path / w) if w.endswith("safetensors") or w == "out" else w for w in words]
@@ -673,7 +675,7 @@ def test_the_command_fails_with_one_message_and_a_hint(
 def test_the_command_shortens_long_lists(
     tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from merge.cli import main
+    from merge.cli.main import main
 
     convert(tiny_sd15 / "target", tmp_path / "plain.safetensors")
     tensors = load_file(tmp_path / "plain.safetensors")
@@ -689,7 +691,7 @@ def test_the_command_shortens_long_lists(
 
 
 def test_show_reads_single_files(tiny_sdxl: Path, tmp_path: Path) -> None:
-    from merge.describe import describe_path
+    from merge.records.describe import describe_path
 
     convert(tiny_sdxl / "target", tmp_path / "a.safetensors")
     shown = describe_path(tmp_path / "a.safetensors")

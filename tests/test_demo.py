@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge.recipe import load_recipe
-from merge.verify import read_edits
+from merge.recipe.load import load_recipe
+from merge.verify.edits import read_edits
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "scripts" / "demo"

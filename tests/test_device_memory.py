@@ -16,17 +16,16 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import merge.engine
 import merge.engine.buffers as buffers
 import merge.run.merging as merging
 from merge import build_plan, load_recipe, resolve_sources, run_recipe
-from merge.engine import device_errors
+from merge.engine.device import device_errors
 from merge.engine.execute import execute_plan
 from merge.engine.lane import Lane
 from merge.engine.units import TensorState, cut_units
 from merge.errors import DeviceError, DeviceMemoryError
-from merge.reader import FileReader
-from merge.writer import TensorFileWriter
+from merge.reader.checkpoint import FileReader
+from merge.writer.tensors import TensorFileWriter
 from tests.mini import (
     contents,
     random_tensors,
@@ -99,9 +98,9 @@ class FakeGpu:
                     # Named for the CPU that stands in; say it again for the device that is meant.
                     raise error.__cause__ or error from None
 
-        patch.setattr(merge.engine, "choose_device", choose)
-        patch.setattr(merge.engine, "device_words", str)
-        patch.setattr(merge.engine, "execute_plan", execute)
+        patch.setattr("merge.engine.device.choose_device", choose)
+        patch.setattr("merge.engine.device.device_words", str)
+        patch.setattr("merge.engine.execute.execute_plan", execute)
         patch.setattr(Lane, "run", run_until_full)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from merge.digest import DigestProcess, FileDigest, digest_file
+from merge.background.digest_process import DigestProcess, digest_file
+from merge.background.file_digest import FileDigest
 from merge.errors import SourceError, SourceNotFoundError
 
 

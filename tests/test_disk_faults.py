@@ -16,7 +16,7 @@ import pytest
 import merge.writer.folder as folder_module
 from merge import load_recipe, run_recipe
 from merge.errors import CheckpointError, NoSpaceError, OutputError
-from merge.reader import read_header
+from merge.reader.checkpoint import read_header
 from tests.mini import contents
 
 CALLS = ("pwrite", "write", "fsync", "ftruncate", "mkdir", "rename", "open")

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from merge.editor import EditSettings, fit_size, load_image, resize_image, save_png
-from merge.editor.pictures import MAX_PIXELS, to_rgb
+from merge.editor.pictures import MAX_PIXELS, fit_size, load_image, resize_image, to_rgb
+from merge.editor.png import save_png
+from merge.editor.settings import EditSettings
 from merge.errors import ImageError, OutputError
 
 

@@ -15,7 +15,7 @@ import torch
 
 from merge import load_recipe, run_recipe
 from merge.errors import MergeError, OutputError
-from merge.writer import OutputFolder
+from merge.writer.folder import OutputFolder
 from tests.isolation import run_isolated
 from tests.mini import contents, random_tensors, write_unet
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge.errors import CheckpointError
-from merge.expected import compare_tensors, expected_tensors
+from merge.family.expected.compare import compare_tensors
+from merge.family.expected.fit import expected_tensors
 from scripts import make_tiny
 
 SD15 = {

@@ -13,21 +13,17 @@ import pytest
 import yaml
 
 from merge.errors import CheckpointError
-from merge.export import ExportFiles, plan_export, scheduler_config
-from merge.lock import build_lock
-from merge.manifest import (
-    FileRecord,
-    InputDigests,
-    build_manifest,
-    json_bytes,
-    read_locked_recipe,
-    read_manifest,
-    recipe_digest,
-)
-from merge.plan import build_plan
-from merge.recipe import Recipe, load_recipe
-from merge.recipe.schema import DistilledRef, ModelRef, Models, SchedulerSpec
-from merge.sources import ResolvedModel, SourceFile, Sources, resolve_sources
+from merge.family.stable_diffusion import SD1
+from merge.json_files import json_bytes
+from merge.plan.build import build_plan
+from merge.plan.export import ExportFiles, plan_export, scheduler_config
+from merge.recipe.load import load_recipe
+from merge.recipe.schema import DistilledRef, ModelRef, Models, Recipe, SchedulerSpec
+from merge.records.folder import OutputRecords
+from merge.records.lock.write import build_lock
+from merge.records.manifest import FileRecord, InputDigests, build_manifest, recipe_digest
+from merge.sources.model import ResolvedModel, SourceFile, Sources
+from merge.sources.resolve import resolve_sources
 from tests.mini import write_models
 
 # Scheduler configs as they lie in published folders.
@@ -90,6 +86,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+def written_scheduler(
+    spec: SchedulerSpec, target: dict[str, Any], version: str | None
+) -> dict[str, Any]:
+    return scheduler_config(spec, target, version, SD1.scheduler_keys)
+
+
 def values_of(scheduler: Any) -> dict[str, Any]:
     """Return what a scheduler was made with, for every argument of its class."""
     names = list(inspect.signature(type(scheduler).__init__).parameters)[1:]
@@ -105,7 +107,7 @@ def test_the_scheduler_is_the_one_that_diffusers_makes(source: str, class_name: 
     target = PUBLISHED[source]
     expected = values_of(scheduler.from_config(dict(target)))
     # As it is loaded again: through JSON on the disk.
-    config = json.loads(json_bytes(scheduler_config(SchedulerSpec(class_name), target, None)))
+    config = json.loads(json_bytes(written_scheduler(SchedulerSpec(class_name), target, None)))
     assert config["_class_name"] == class_name
     assert config["_diffusers_version"] == target["_diffusers_version"]
     assert values_of(scheduler.from_config(config)) == expected
@@ -117,7 +119,7 @@ def test_the_scheduler_is_the_one_that_diffusers_makes(source: str, class_name: 
 def test_the_timesteps_are_those_of_the_lcm_schedule(source: str) -> None:
     from diffusers import LCMScheduler
 
-    config = scheduler_config(SchedulerSpec(), PUBLISHED[source], None)
+    config = written_scheduler(SchedulerSpec(), PUBLISHED[source], None)
     scheduler = LCMScheduler.from_config(config)
     scheduler.set_timesteps(4, original_inference_steps=50)
     assert scheduler.timesteps.tolist() == [999, 759, 499, 259]
@@ -125,7 +127,7 @@ def test_the_timesteps_are_those_of_the_lcm_schedule(source: str) -> None:
 
 def test_the_recipes_values_come_last() -> None:
     spec = SchedulerSpec("TCDScheduler", {"timestep_spacing": "trailing", "beta_end": 0.5})
-    config = scheduler_config(spec, PUBLISHED["pndm"], None)
+    config = written_scheduler(spec, PUBLISHED["pndm"], None)
     assert (config["timestep_spacing"], config["beta_end"]) == ("trailing", 0.5)
     assert config["beta_start"] == 0.00085
     assert PUBLISHED["pndm"]["beta_end"] == 0.012
@@ -133,17 +135,17 @@ def test_the_recipes_values_come_last() -> None:
 
 def test_a_scheduler_of_the_same_class_stays_as_it_is() -> None:
     target = {**PUBLISHED["pndm"], "something_new": [1]}
-    config = scheduler_config(SchedulerSpec("PNDMScheduler"), target, "9.9")
+    config = written_scheduler(SchedulerSpec("PNDMScheduler"), target, "9.9")
     assert config == {**target, "prediction_type": "epsilon"}
 
 
 def test_a_target_without_a_scheduler_gets_the_version_of_its_pipeline() -> None:
-    assert scheduler_config(SchedulerSpec(), {}, "0.12.0") == {
+    assert written_scheduler(SchedulerSpec(), {}, "0.12.0") == {
         "_class_name": "LCMScheduler",
         "_diffusers_version": "0.12.0",
         "prediction_type": "epsilon",
     }
-    assert "_diffusers_version" not in scheduler_config(SchedulerSpec(), {}, None)
+    assert "_diffusers_version" not in written_scheduler(SchedulerSpec(), {}, None)
 
 
 # The folder ------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def model(role: str, *names: str, **fields: Any) -> ResolvedModel:
         "is_folder": True,
         "variant": "",
     }
-    return ResolvedModel(role=role, weights=files, **{**plain, **fields})
+    return ResolvedModel(role=role, weights={"": files}, **{**plain, **fields})
 
 
 SOURCES = Sources(
@@ -255,6 +257,7 @@ RECIPE = Recipe(
         ModelRef(path="/models/b"),
     ),
     block_weights={"down_blocks.*": 0.5, "up_blocks.*": 0.7},
+    components=["unet"],
     exclude=["conv_in.*", "conv_out.*"],
 )
 EXPECTED = recipe_digest(RECIPE, SOURCES, DIGESTS)
@@ -268,9 +271,11 @@ def renamed(sources: Sources) -> Sources:
     """Give every model another name, place and origin, with the same files in the same order."""
 
     def move(model: ResolvedModel) -> ResolvedModel:
-        files = tuple(changed(file, path=Path("/elsewhere") / file.name) for file in model.weights)
+        files = tuple(
+            changed(file, path=Path("/elsewhere") / file.name) for file in model.main_files
+        )
         place = {"root": Path("/elsewhere"), "repo": "x/y", "commit": "1" * 40}
-        return changed(model, label="other", weights=files, variant="fp16", **place)
+        return changed(model, label="other", weights={"": files}, variant="fp16", **place)
 
     assert sources.base is not None
     return Sources(move(sources.target), tuple(map(move, sources.distilled)), move(sources.base))
@@ -356,7 +361,11 @@ def test_the_digest_depends_on_who_is_who() -> None:
         (SOURCES.base, SOURCES.target, (first, second)),
         (SOURCES.target, None, (first, second)),
         (SOURCES.target, SOURCES.base, (second, first)),
-        (SOURCES.target, SOURCES.base, (changed(first, weights=first.weights[::-1]), second)),
+        (
+            SOURCES.target,
+            SOURCES.base,
+            (changed(first, weights={"": first.main_files[::-1]}), second),
+        ),
     ):
         found.add(recipe_digest(RECIPE, Sources(target, distilled, base), DIGESTS))
     weights = [changed(ref, weight=0.25) for ref in RECIPE.models.distilled]
@@ -497,11 +506,9 @@ BAD_RECORDS = {
 @pytest.mark.parametrize("case", BAD_RECORDS)
 def test_records_that_cannot_be_read(tmp_path: Path, case: str) -> None:
     data = BAD_RECORDS[case].encode(errors="surrogateescape")
-    for name, read in (
-        ("merge_manifest.json", read_manifest),
-        ("recipe.lock.yaml", read_locked_recipe),
-    ):
-        assert read(tmp_path) is None
+    records = OutputRecords(tmp_path)
+    for name, record in (("merge_manifest.json", "manifest"), ("recipe.lock.yaml", "recipe")):
+        assert getattr(records, record) is None
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(CheckpointError, match=rf"{name} (cannot be read|is no |holds no )"):
-            read(tmp_path)
+        with pytest.raises(CheckpointError, match=rf"{name} (cannot be read|is no|holds no )"):
+            getattr(records, record)

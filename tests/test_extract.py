@@ -27,7 +27,9 @@ from merge.errors import (
     PlanError,
     RecipeError,
 )
-from merge.extract import ExtractResult, extraction_to_json, factor_delta, render_extraction
+from merge.extract.factor import factor_delta
+from merge.extract.model import ExtractResult
+from merge.extract.report import extraction_to_json, render_extraction
 from tests.mini import random_tensors, read_output, write_models, write_recipe, write_unet
 
 RANK = 3

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from merge import build_plan, load_recipe, resolve_sources
-from merge.engine import execute_plan
-from merge.writer import TensorFileWriter
+from merge.engine.execute import execute_plan
+from merge.writer.tensors import TensorFileWriter
 from tests.mini import random_tensors, write_recipe, write_unet
 
 DEVICE = "cuda"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge.methods import METHODS
+from merge.methods.table import METHODS
 from tests.mini import bits, write_models, write_unet
 from tests.test_lora_merge import CONV, CONV_IN, DORA, FORMS, PROJ, TO_K, Tensors, kohya, random
 from tests.test_methods_merge import BIG, merge, write_two, write_two_recipe

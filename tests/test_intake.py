@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from merge import convert, load_recipe, run_recipe
 from merge.errors import CheckpointError, MergeError, PlanError, RecipeError
-from merge.keymap import unet_to_ldm
+from merge.family.keys.unet import unet_to_ldm
 from tests.mini import (
     Tensors,
     contents,

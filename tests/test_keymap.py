@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from merge.keymap import UNetArchitecture, detect_unet
+from merge.family.model import Recognised
+from merge.family.registry import family_named, recognise
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -58,15 +59,15 @@ def full_unet(family: str) -> Shapes:
 def test_the_published_unets_are_recognised(family: str, channels: int) -> None:
     shapes = {**full_unet(family), "conv_in.weight": (320, channels, 3, 3)}
     assert len(shapes) == KEY_COUNTS[family]
-    found = detect_unet(shapes)
-    assert found == UNetArchitecture(family, channels, CONTEXTS[family], False)
-    assert found.title == TITLES[family]
+    found = recognise(shapes)
+    assert found == Recognised(family_named(family), channels, CONTEXTS[family], False)
+    assert found.family.title == TITLES[family]
 
 
 def test_the_guidance_embedding_of_a_full_lcm_is_seen() -> None:
     shapes = shapes_of({**CONFIGS["sd15"], "time_cond_proj_dim": 256})
     assert shapes.keys() - full_unet("sd15").keys() == {"time_embedding.cond_proj.weight"}
-    assert detect_unet(shapes) == UNetArchitecture("sd15", 4, 768, True)
+    assert recognise(shapes) == Recognised(family_named("sd15"), 4, 768, True)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_small_models_of_a_family_are_recognised(family: str, module: str) -> No
     from scripts import make_tiny
 
     shapes = shapes_of({**getattr(make_tiny, module), "in_channels": 8})
-    assert detect_unet(shapes) == UNetArchitecture(family, 8, 32, False)
+    assert recognise(shapes) == Recognised(family_named(family), 8, 32, False)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +93,12 @@ def test_small_models_of_a_family_are_recognised(family: str, module: str) -> No
     ids=["nothing", "only a bias", "a linear layer", "a scalar", "LDM keys", "a VAE"],
 )
 def test_other_keys_are_no_unet(shapes: Shapes) -> None:
-    assert detect_unet(shapes) is None
+    assert recognise(shapes) is None
 
 
 def test_attention_keys_of_odd_shapes_do_not_matter() -> None:
     conv_in = {"conv_in.weight": (8, 4, 3, 3)}
-    assert detect_unet(conv_in) == UNetArchitecture("sd15", 4, 0, False)
+    assert recognise(conv_in) == Recognised(family_named("sd15"), 4, 0, False)
     odd = {**conv_in, "a.attn2.to_k.weight": (8,), "b.attn2.to_k.weight": (8, 12)}
-    assert detect_unet(odd) == UNetArchitecture("sd15", 4, 12, False)
-    assert detect_unet({**conv_in, "attn2.to_k.weight": ()}) == detect_unet(conv_in)
+    assert recognise(odd) == Recognised(family_named("sd15"), 4, 12, False)
+    assert recognise({**conv_in, "attn2.to_k.weight": ()}) == recognise(conv_in)

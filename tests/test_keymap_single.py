@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge.errors import CheckpointError
-from merge.keymap import KeyPair, join_single_file, split_single_file
-from merge.keymap.pairs import FUSED, POINTWISE, TRANSPOSED, checked_pairs
-from merge.keymap.text import (
+from merge.family.keys.pairs import FUSED, POINTWISE, TRANSPOSED, KeyPair, checked_pairs
+from merge.family.keys.single_file import join_single_file, split_single_file
+from merge.family.keys.text import (
     SD15_TEXT_PREFIX,
     SDXL_TEXT_2_PREFIX,
     SDXL_TEXT_PREFIX,
@@ -21,7 +21,7 @@ from merge.keymap.text import (
     single_to_clip,
     single_to_open_clip,
 )
-from merge.keymap.vae import single_to_vae, vae_to_single
+from merge.family.keys.vae import single_to_vae, vae_to_single
 from scripts.make_tiny import SD15_UNET, SDXL_UNET, TEXT, VAE
 
 # Source: vae/config.json of the published SD1.5 and SDXL models.
@@ -303,7 +303,6 @@ LEFT_OUT = {
     "conditioner.embedders.1.model.logit_scale": "of CLIP's training",
     "optimizer_states.0.exp_avg": "of training",
     "first_stage_model.loss.discriminator.main.0.weight": "of the VAE's training",
-    "edm_vpred.sigma_max": "a marker, not a weight",
 }
 
 
@@ -328,7 +327,9 @@ def test_no_key_is_dropped_without_a_word(data: Any) -> None:
     try:
         split = split_single_file({*names, extra})
     except CheckpointError as error:
-        if extra.removeprefix("model.diffusion_model.") not in error.message:
+        # Blocks are counted, so that a key too many of the UNet can make another one strange.
+        is_unet = extra.startswith("model.diffusion_model.")
+        if extra not in error.message and not (is_unet and "key of a UNet" in error.message):
             raise
         return
     used = {pair.single for pairs in split.pairs.values() for pair in pairs}

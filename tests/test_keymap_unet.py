@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge.errors import CheckpointError
-from merge.keymap import LDM_UNET_PREFIX, ldm_to_unet, one_to_one, unet_to_ldm
+from merge.family.keys.one_to_one import one_to_one
+from merge.family.keys.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm
 from scripts.make_synthetic import SD15_UNET, SDXL_UNET
 from scripts.make_tiny import SD15_UNET as TINY_SD15
 from scripts.make_tiny import SDXL_UNET as TINY_SDXL

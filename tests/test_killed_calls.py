@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from merge.errors import CheckpointError
-from merge.reader import read_header
+from merge.reader.checkpoint import read_header
 from tests.mini import contents, write_recipe
 
 # What changes a file system. Reads are left out: they are tested with files that change.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from merge.header import encode_header
-from merge.reader import read_header
+from merge.reader.checkpoint import read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 GB = 10**9

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from merge.errors import CheckpointError, IntegrityError, OutputError
-from merge.layout import TensorCopy, copies_of, piece_of, write_tensor_copies
-from merge.layout.write import CHUNK_BYTES, StoppedError
-from merge.reader import read_checkpoint
+from merge.reader.checkpoint import read_checkpoint
+from merge.writer.copies.model import TensorCopy, copies_of, piece_of
+from merge.writer.copies.write import CHUNK_BYTES, StoppedError, write_tensor_copies
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8]
 

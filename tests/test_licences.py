@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge.licences import Licence, LicenceDecision, decide_licence, parse_licence
-from merge.recipe import Recipe, bundled_recipes, load_recipe
+from merge.disclosure.licences import Licence, LicenceDecision, decide_licence, parse_licence
+from merge.recipe.bundled import bundled_recipes
+from merge.recipe.load import load_recipe
+from merge.recipe.schema import Recipe
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 IP2P = "timbrooks/instruct-pix2pix"

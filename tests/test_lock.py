@@ -21,7 +21,7 @@ from merge.errors import (
     SourceNotFoundError,
     VerificationError,
 )
-from merge.lock import load_recipe_or_lock, lock_for, lock_path_of, open_lock
+from merge.records.lock.find import load_recipe_or_lock, lock_for, lock_path_of, open_lock
 from tests.mini import random_tensors, write_models, write_recipe, write_unet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -297,8 +297,8 @@ def test_a_folder_whose_weights_were_changed_is_not_reproduced_by_its_manifest(
     lock = (out / "recipe.lock.yaml").read_bytes()
     manifest["files"]["recipe.lock.yaml"] = {"size": len(lock), "sha256": sha256(lock)}
     assert record[WEIGHTS] == manifest["files"][WEIGHTS]
-    from merge.manifest import json_bytes
-    from merge.provenance import build_provenance
+    from merge.json_files import json_bytes
+    from merge.records.provenance import build_provenance
 
     data = json_bytes(manifest)
     (out / "merge_manifest.json").write_bytes(data)

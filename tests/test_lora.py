@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from merge.family.stable_diffusion import SD1
 from merge.header import element_count
-from merge.lora import AdapterModule, AdapterTable, is_lora, parse_adapters
+from merge.lora.module import AdapterModule, AdapterTable
+from merge.lora.parse import parse_adapters
+from merge.lora.roles import is_lora
 from tests.test_keymap import full_unet
 
 Shapes = dict[str, tuple[int, ...]]
@@ -51,7 +54,7 @@ def adapter(**values: object) -> dict[str, str]:
 
 
 def parse(shapes: Shapes, metadata: dict[str, str] | None = None) -> AdapterTable:
-    table = parse_adapters(shapes, metadata or {}, {"unet": TARGET})
+    table = parse_adapters(shapes, metadata or {}, {"unet": TARGET}, SD1)
     assert_nothing_is_skipped(shapes, table)
     return table
 
@@ -194,7 +197,7 @@ def test_the_modules_of_the_published_lcm_loras(family: str, count: int) -> None
         if adapted.search(key):
             ones = (1,) * len(shape[2:])
             shapes |= kohya(key.removesuffix(".weight"), (64, *shape[1:]), (shape[0], 64, *ones))
-    table = parse_adapters(shapes, {}, {"unet": target})
+    table = parse_adapters(shapes, {}, {"unet": target}, SD1)
     assert table.problems == ()
     assert len(table.modules) == count
     assert_nothing_is_skipped(shapes, table)
@@ -486,13 +489,13 @@ def test_one_bad_module_leaves_the_others() -> None:
 
 def test_a_target_with_ambiguous_names_is_a_problem() -> None:
     target = {"a.b_c.weight": (2, 2), "a_b.c.weight": (2, 2)}
-    table = parse_adapters(kohya("a.b.c", (1, 2), (2, 1)), {}, {"unet": target})
+    table = parse_adapters(kohya("a.b.c", (1, 2), (2, 1)), {}, {"unet": target}, SD1)
     assert table.modules == ()
     assert table.problems[-1] == (
         "lora_unet_a_b_c: a.b_c.weight and a_b.c.weight have the same name in this spelling"
     )
     # Their dotted names differ, so a LoRA that uses these is no problem.
-    dotted = parse_adapters(peft("a.b_c", (1, 2), (2, 1)), {}, {"unet": target})
+    dotted = parse_adapters(peft("a.b_c", (1, 2), (2, 1)), {}, {"unet": target}, SD1)
     assert [module.key for module in dotted.modules] == ["a.b_c.weight"]
     assert not dotted.problems
 

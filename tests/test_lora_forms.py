@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lycoris.functional import locon, loha, lokr
 from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
 
-from merge.lora import delta_rows, dora_delta_rows, row_steps
+from merge.lora.delta import delta_rows, dora_delta_rows, row_steps
 from merge.lora.forms import product_of
 
 Arrays = dict[str, np.ndarray]

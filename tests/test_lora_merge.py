@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from merge import build_plan, load_recipe, resolve_sources, run_recipe
 from merge.errors import PlanError
-from merge.plan import MergePlan
+from merge.plan.model import MergePlan
 from tests.mini import (
     bits,
     numpy_float32,

@@ -15,8 +15,12 @@ from diffusers.utils.state_dict_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from merge.keymap import unet_to_ldm
-from merge.lora import AdapterTable, foreign_family, parse_adapters
+from merge.family.foreign import foreign_lora
+from merge.family.keys.unet import unet_to_ldm
+from merge.family.stable_diffusion import SD1
+from merge.lora.module import AdapterTable
+from merge.lora.parse import parse_adapters
+from merge.lora.roles import down_factors
 from scripts.make_tiny import LORA_MODULES
 from tests.test_keymap import full_unet
 
@@ -115,7 +119,7 @@ def test_every_spelling_of_every_module_is_resolved(family: str, spelling: str) 
     target = full_unet(family)
     ldm = unet_to_ldm(target)
     names = {path: SPELLINGS[spelling](path, ldm_path(path, ldm)) for path in adapted(list(target))}
-    table = parse_adapters(file_of(target, names), {}, {"unet": target})
+    table = parse_adapters(file_of(target, names), {}, {"unet": target}, SD1)
     assert changed(table) == {down: path for path, (down, _) in names.items()}
 
 
@@ -140,7 +144,7 @@ def test_kohya_names_mean_what_diffusers_takes_them_for(family: str, spelling: s
         for name, value in convert_unet_state_dict_to_peft(unet).items()
         if name.endswith(".lora_A.weight")
     }
-    ours = changed(parse_adapters(shapes, {}, {"unet": target}))
+    ours = changed(parse_adapters(shapes, {}, {"unet": target}, SD1))
     assert theirs == ours
 
 
@@ -154,7 +158,7 @@ def test_processor_keys_of_old_diffusers(prefix: str) -> None:
     }
     assert len(names) == 128
     shapes = file_of(target, names)  # type: ignore[arg-type]
-    ours = changed(parse_adapters(shapes, {}, {"unet": target}))
+    ours = changed(parse_adapters(shapes, {}, {"unet": target}, SD1))
     assert ours == {down: path for path, (down, _) in names.items()}
     keys = sorted(shapes)
     state = {key: torch.full((1,), float(index)) for index, key in enumerate(keys)}
@@ -237,7 +241,7 @@ def test_text_encoders(spelling: str, is_flat: bool) -> None:
         other: {flat(key) if is_flat else key: shape for key, shape in keys.items()}
         for other, keys in TEXT.items()
     }
-    ours = changed(parse_adapters(shapes, {}, {"unet": {}, **targets}), component)
+    ours = changed(parse_adapters(shapes, {}, {"unet": {}, **targets}, SD1), component)
     expected = {down: path for path, (down, _) in names.items()}
     if is_flat:
         expected = {down: flat(path) for down, path in expected.items()}
@@ -253,7 +257,7 @@ def test_the_attention_of_very_old_text_encoder_loras() -> None:
             stem = f"text_encoder.{parent}.{OLD_PARTS[part]}_lora"
             names[path] = (f"{stem}.down.weight", f"{stem}.up.weight")
     shapes = file_of(target, names)
-    ours = changed(parse_adapters(shapes, {}, {"unet": {}, **TEXT}), "text_encoder")
+    ours = changed(parse_adapters(shapes, {}, {"unet": {}, **TEXT}, SD1), "text_encoder")
     assert ours == {down: path for path, (down, _) in names.items()}
     state = {key: torch.tensor(index) for index, key in enumerate(sorted(shapes))}
     renamed = convert_state_dict_to_diffusers(state)
@@ -273,7 +277,7 @@ def test_kohya_text_names_mean_what_diffusers_takes_them_for() -> None:
         for name, value in convert_state_dict_to_peft(renamed).items()
         if name.endswith(".lora_A.weight")
     }
-    ours = changed(parse_adapters(shapes, {}, {"unet": {}, **TEXT}), "text_encoder")
+    ours = changed(parse_adapters(shapes, {}, {"unet": {}, **TEXT}, SD1), "text_encoder")
     assert theirs.keys() == ours.keys()
     assert {key: flat(path) for key, path in theirs.items()} == {
         key: flat(path) for key, path in ours.items()
@@ -298,16 +302,17 @@ def test_a_lora_for_another_family_is_told(
     source = full_unet(theirs)
     ldm = unet_to_ldm(source)
     names = {path: SPELLINGS[spelling](path, ldm_path(path, ldm)) for path in adapted(list(source))}
-    assert words in foreign_family(file_of(source, names), full_unet(ours))
+    shapes = file_of(source, names)
+    assert words in foreign_lora(shapes, down_factors(shapes), full_unet(ours), SD1)
 
 
 def test_a_lora_that_fits_is_not_taken_for_another_family() -> None:
     target = full_unet("sd15")
     names = {path: peft(f"unet.{path}") for path in adapted(list(target))}
     shapes = {**file_of(target, names), "lora_unet_x.alpha": ()}
-    table = parse_adapters(shapes, {}, {"unet": target})
+    table = parse_adapters(shapes, {}, {"unet": target}, SD1)
     assert table.problems == ("lora_unet_x: the target has no weight of this name",)
-    assert foreign_family(shapes, target) == ""
+    assert foreign_lora(shapes, down_factors(shapes), target, SD1) == ""
 
 
 def test_both_spellings_of_one_module_are_a_problem() -> None:
@@ -318,7 +323,7 @@ def test_both_spellings_of_one_module_are_a_problem() -> None:
         shapes: Shapes = {}
         for stem in (f"lora_unet_{first}", f"lora_unet_{second}"):
             shapes |= file_of(target, {path: kohya(stem)})
-        table = parse_adapters(shapes, {}, {"unet": target})
+        table = parse_adapters(shapes, {}, {"unet": target}, SD1)
         assert [module.key for module in table.modules] == [f"{path}.weight"]
         (problem,) = table.problems
         assert f"{path}.weight is already changed by lora_unet_" in problem

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from merge.methods import METHODS
 from merge.methods.arrays import dot, kth_smallest, pieces, round_float32
 from merge.methods.consensus import trim
 from merge.methods.random_mask import keep_mask, random_words
+from merge.methods.table import METHODS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mergekit.json").read_text())
 UNIT = 2.0**-24

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from merge import load_recipe, run_recipe
 from merge.engine import execute
 from merge.errors import NonFiniteError, PlanError, RecipeError
-from merge.methods import METHODS
-from merge.plan import plan_to_json, render_plan
+from merge.methods.table import METHODS
+from merge.plan.render import plan_to_json, render_plan
 from tests.mini import (
     bits,
     numpy_float32,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from merge import load_recipe, run_recipe
-from merge.engine import measure_origins
 from merge.engine import origin as origin_module
+from merge.engine.origin import measure_origins
 from merge.errors import IntegrityError
 from tests.mini import Tensors, plan_of, random_tensors, write_models, write_recipe, write_unet
 

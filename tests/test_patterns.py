@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merge.family.blocks import UNET_BLOCKS
 from merge.plan.patterns import block_weight, match_exclude, unmatched
+
+
+def weight_of(key: str, weights: dict[str, float], default: float) -> float:
+    return block_weight(key, weights, default, UNET_BLOCKS)
+
 
 KEY = "down_blocks.0.attentions.1.proj_in.weight"
 
@@ -38,8 +44,8 @@ KEY = "down_blocks.0.attentions.1.proj_in.weight"
 def test_the_pattern_with_most_literal_characters_wins(
     weights: dict[str, float], expected: float
 ) -> None:
-    assert block_weight(KEY, weights, 1.0) == expected
-    assert block_weight(KEY, dict(reversed(weights.items())), 1.0) == expected
+    assert weight_of(KEY, weights, 1.0) == expected
+    assert weight_of(KEY, dict(reversed(weights.items())), 1.0) == expected
 
 
 def test_a_tie_is_an_error_that_names_key_and_patterns() -> None:
@@ -48,16 +54,16 @@ def test_a_tie_is_an_error_that_names_key_and_patterns() -> None:
     with pytest.raises(
         ValueError, match=r"down_blocks\.0\..*: down_blocks\.0\.\* and \*proj_in\.weight are equal"
     ):
-        block_weight(KEY, weights, 1.0)
+        weight_of(KEY, weights, 1.0)
     # A more specific one decides, and so does a key that only one of them names.
-    assert block_weight(KEY, {**weights, KEY: 0.0}, 1.0) == 0.0
-    assert block_weight("down_blocks.0.x", weights, 1.0) == 0.5
+    assert weight_of(KEY, {**weights, KEY: 0.0}, 1.0) == 0.0
+    assert weight_of("down_blocks.0.x", weights, 1.0) == 0.5
 
 
 def test_a_tie_of_equal_weights_is_none() -> None:
-    assert block_weight("ab", {"a*": 0.5, "*b": 0.5}, 1.0) == 0.5
+    assert weight_of("ab", {"a*": 0.5, "*b": 0.5}, 1.0) == 0.5
     with pytest.raises(ValueError, match=r"a\* and \*b and \?b are equally specific"):
-        block_weight("ab", {"a*": 0.5, "*b": 0.5, "?b": 0.25}, 1.0)
+        weight_of("ab", {"a*": 0.5, "*b": 0.5, "?b": 0.25}, 1.0)
 
 
 def test_the_first_exclude_that_names_a_key_is_given() -> None:
@@ -97,8 +103,8 @@ def test_the_choice_never_depends_on_the_order(key: str, weights: dict[str, floa
     candidates = {w for p, w in matching.items() if literals(p) == most} or {1.0}
     for order in itertools.permutations(weights.items()):
         if len(candidates) == 1:
-            assert block_weight(key, dict(order), 1.0) in candidates
+            assert weight_of(key, dict(order), 1.0) in candidates
         else:
             with pytest.raises(ValueError, match="are equally specific"):
-                block_weight(key, dict(order), 1.0)
+                weight_of(key, dict(order), 1.0)
     assert unmatched(weights, [key]) == [p for p in weights if p not in matching]

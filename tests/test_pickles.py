@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge.errors import CheckpointError, MergeError
-from merge.reader import (
+from merge.reader.checkpoint import (
     Checkpoint,
     CheckpointFile,
     FileReader,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from merge.errors import CheckpointError, IntegrityError, MergeError
-from merge.reader import CheckpointFile, FileReader, read_header, verify_records
+from merge.reader.checkpoint import CheckpointFile, FileReader, read_header, verify_records
 from tests.archives import (
     FOLDER,
     End,

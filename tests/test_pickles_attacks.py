@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from merge.errors import CheckpointError
-from merge.pickles.machine import MAX_PICKLE_BYTES, MAX_STEPS, unpickle
-from merge.reader import CheckpointFile, read_header
+from merge.reader.checkpoint import CheckpointFile, read_header
+from merge.reader.pickles.machine import MAX_PICKLE_BYTES, MAX_STEPS, unpickle
 from tests.archives import (
     ORDERED,
     checkpoint,
@@ -325,7 +325,7 @@ def test_bombs_fail_fast_and_small(bomb: str) -> None:
 
 
 def _state_dict(data: bytes) -> None:
-    from merge.pickles.table import _choose_state_dict
+    from merge.reader.pickles.table import _choose_state_dict
 
     state, _ = _choose_state_dict(unpickle(data).value)
     if not any(isinstance(key, str) for key, _ in state.items):
@@ -334,7 +334,7 @@ def _state_dict(data: bytes) -> None:
 
 def test_the_number_of_steps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_STEPS < MAX_PICKLE_BYTES
-    monkeypatch.setattr("merge.pickles.machine.MAX_STEPS", 1000)
+    monkeypatch.setattr("merge.reader.pickles.machine.MAX_STEPS", 1000)
     assert unpickle(program(b"]" + b"Na" * 499)).value == [None] * 499
     with pytest.raises(CheckpointError, match=r"takes more than 1,000 steps"):
         unpickle(program(b"]" + b"Na" * 500))
@@ -377,7 +377,7 @@ def test_what_is_no_pickle(start: bytes) -> None:
 def test_every_opcode_is_known_or_refused_by_name() -> None:
     import pickletools
 
-    from merge.pickles.machine import _REFUSED, _STEPS
+    from merge.reader.pickles.machine import _REFUSED, _STEPS
 
     names = {ord(op.code): op.name for op in pickletools.opcodes}
     assert set(_STEPS) | set(_REFUSED) | {ord(".")} == set(names)
@@ -388,9 +388,9 @@ def test_every_opcode_is_known_or_refused_by_name() -> None:
 def test_the_package_uses_no_unpickler() -> None:
     import ast
 
-    import merge.pickles
+    import merge.reader.pickles
 
-    for path in Path(merge.pickles.__file__).parent.glob("*.py"):
+    for path in Path(merge.reader.pickles.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):

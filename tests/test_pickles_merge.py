@@ -14,13 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe
-from merge.describe import describe_path, render_description
 from merge.errors import CheckpointError, SourceError, SourceNotFoundError
+from merge.family.keys.unet import LDM_UNET_PREFIX, unet_to_ldm
 from merge.header import parse_header
-from merge.keymap import LDM_UNET_PREFIX, unet_to_ldm
-from merge.plan import build_plan
+from merge.plan.build import build_plan
 from merge.plan.model import DIGEST_KEY
-from merge.sources import resolve_sources
+from merge.records.describe import describe_path, render_description
+from merge.sources.resolve import resolve_sources
 from merge.sources.select import Weights, converted_name, plain_name, select_weights
 from tests.mini import write_models, write_recipe
 
@@ -138,7 +138,7 @@ def test_safetensors_come_first(models: Path) -> None:
     merged(models, "out", "allow_pickle=true")
     sources = resolve_sources(load_recipe(models / "mini.yaml", ["allow_pickle=true"]))
     assert sources.base is not None
-    assert [file.name for file in sources.base.weights] == [f"{UNET}.safetensors"]
+    assert [file.name for file in sources.base.main_files] == [f"{UNET}.safetensors"]
 
 
 def test_a_damaged_record_is_found_before_the_merge(models: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from merge.errors import CheckpointError, PlanError
-from merge.plan import MergePlan, peak_bytes, plan_to_json, render_plan
-from merge.reader import read_checkpoint
+from merge.plan.memory import peak_bytes
+from merge.plan.model import MergePlan
+from merge.plan.render import plan_to_json, render_plan
+from merge.reader.checkpoint import read_checkpoint
 from tests.mini import plan_of, random_tensors, write_models, write_recipe, write_unet
 
 

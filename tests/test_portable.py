@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from merge import convert, load_recipe, run_recipe
+from merge.disclosure.portable import blank_places
 from merge.errors import PublishError
-from merge.portable import blank_places
 from merge.publication.parents import decide
 from merge.publication.scan import scan
 from merge.recipe.bundled import bundled_folder

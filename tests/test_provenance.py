@@ -14,8 +14,9 @@ import yaml
 
 from merge import load_recipe, run_recipe
 from merge.errors import CheckpointError
-from merge.manifest import LOCK_NAME, MANIFEST_NAME, json_bytes
-from merge.provenance import PROVENANCE_NAME, build_provenance, check_provenance
+from merge.json_files import json_bytes
+from merge.records.folder import LOCK_NAME, MANIFEST_NAME
+from merge.records.provenance import PROVENANCE_NAME, build_provenance, check_provenance
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "f" * 40
@@ -180,7 +181,7 @@ def smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, data in ((MANIFEST_NAME, manifest), (LOCK_NAME, lock), (PROVENANCE_NAME, statement)):
         (tmp_path / name).write_bytes(data)
     # Parsing the lock is slow, and not what is tested.
-    monkeypatch.setattr("merge.provenance._parse_lock", lambda data: recipe)
+    monkeypatch.setattr("merge.records.provenance._parse_lock", lambda data: recipe)
     return tmp_path
 
 

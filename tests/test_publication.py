@@ -19,12 +19,12 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe
-from merge.card import CARD_MARKER
+from merge.card.render import CARD_MARKER
 from merge.errors import CheckpointError, PublishError
-from merge.manifest import json_bytes
-from merge.provenance import build_provenance
-from merge.publication import prepare
+from merge.json_files import json_bytes
 from merge.publication.parents import decide
+from merge.publication.prepare import prepare
+from merge.records.provenance import build_provenance
 from tests.hub import Fault, HubServer
 from tests.mini import contents
 from tests.test_run import write_tiny_recipe

@@ -15,7 +15,13 @@ from safetensors.torch import save, save_file
 
 from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
 from merge.header import TensorSpec
-from merge.reader import CheckpointFile, FileReader, read_checkpoint, read_header, read_scalar
+from merge.reader.checkpoint import (
+    CheckpointFile,
+    FileReader,
+    read_checkpoint,
+    read_header,
+    read_scalar,
+)
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float16).reshape(3, 4),

@@ -16,10 +16,10 @@ import yaml
 from PIL import Image
 
 import merge.recipe.bundled as bundled
-import merge.run.closing as closing
+import merge.run.closing_edits as closing
 from merge import load_recipe
-from merge.cli import main
-from merge.methods import METHODS
+from merge.cli.main import main
+from merge.methods.table import METHODS
 from tests.hub import HubServer
 
 ROOT = Path(__file__).parent.parent

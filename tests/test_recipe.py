@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merge.errors import RecipeError
-from merge.recipe import (
+from merge.recipe.bundled import bundled_folder, bundled_recipes, describe_recipe, find_recipe
+from merge.recipe.load import load_recipe
+from merge.recipe.schema import (
     DistilledRef,
     EditSpec,
     ModelRef,
@@ -24,11 +26,7 @@ from merge.recipe import (
     Recipe,
     SchedulerSpec,
     VerifySpec,
-    bundled_recipes,
-    find_recipe,
-    load_recipe,
 )
-from merge.recipe.bundled import bundled_folder, describe_recipe
 
 BASE = """\
 name: mine
@@ -82,7 +80,7 @@ def test_defaults(load: Load) -> None:
         method="add_difference",
         params={},
         weight=1.0,
-        components=["unet"],
+        components=None,
         channel_rule="skip",
         block_weights={},
         exclude=[],

@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 
 from merge import load_recipe, run_recipe
 from merge.errors import MergeError, PlanError
-from merge.lora import delta_rows, foreign_family, parse_adapters
+from merge.family.foreign import foreign_lora
+from merge.family.stable_diffusion import SD1
+from merge.lora.delta import delta_rows
+from merge.lora.parse import parse_adapters
+from merge.lora.roles import down_factors
 from tests.mini import plan_of, read_output, write_models, write_recipe
 from tests.test_keymap import full_unet
 from tests.test_lora_names import TEXT
@@ -115,7 +119,9 @@ NAMED: dict[str, tuple[str, str, str, str]] = {
 def test_a_unet_key_that_others_did_not_load_is_resolved(report: str) -> None:
     family, path, stem, style = NAMED[report]
     target = full_unet(family)
-    table = parse_adapters(pair(stem, target[f"{path}.weight"], style=style), {}, {"unet": target})
+    table = parse_adapters(
+        pair(stem, target[f"{path}.weight"], style=style), {}, {"unet": target}, SD1
+    )
     assert table.problems == ()
     assert [module.key for module in table.modules] == [f"{path}.weight"]
 
@@ -139,7 +145,7 @@ def test_processors_with_any_prefix_are_resolved(first: str, last: str) -> None:
     rows, columns = target[f"{path}.weight"]
     stem = first + path.removesuffix(".to_v") + last
     shapes = {f"{stem}.down.weight": (4, columns), f"{stem}.up.weight": (rows, 4)}
-    table = parse_adapters(shapes, {}, {"unet": target})
+    table = parse_adapters(shapes, {}, {"unet": target}, SD1)
     assert table.problems == ()
     assert [module.key for module in table.modules] == [f"{path}.weight"]
 
@@ -170,7 +176,7 @@ def test_a_text_encoder_key_that_others_did_not_load_is_resolved(
 
     targets = {name: {spelled(k): s for k, s in keys.items()} for name, keys in TEXT.items()}
     key = f"{spelled(path)}.weight"
-    table = parse_adapters(pair(stem, targets[component][key]), {}, {"unet": {}, **targets})
+    table = parse_adapters(pair(stem, targets[component][key]), {}, {"unet": {}, **targets}, SD1)
     assert table.problems == ()
     assert [(m.component, m.key) for m in table.modules] == [(component, key)]
 
@@ -218,7 +224,7 @@ def test_magnitudes_that_lost_their_factors_are_named() -> None:
         **pair(flat, target[f"{SDXL_TO_K}.weight"]),
         f"{flat.replace('attn1_to_k', 'attn1.to_k')}.lora_magnitude_vector": (640,),
     }
-    (problem,) = parse_adapters(shapes, {}, {"unet": target}).problems
+    (problem,) = parse_adapters(shapes, {}, {"unet": target}, SD1).problems
     assert "attn1.to_k: it has no factors" in problem
 
 
@@ -234,7 +240,9 @@ def test_a_lora_of_another_model_is_called_that(
     theirs: str, ours: str, path: str, words: str
 ) -> None:
     shapes = pair(f"lora_unet_{path.replace('.', '_')}", full_unet(theirs)[f"{path}.weight"])
-    assert f"it looks like a LoRA for {words}" in foreign_family(shapes, full_unet(ours))
+    assert f"it looks like a LoRA for {words}" in foreign_lora(
+        shapes, down_factors(shapes), full_unet(ours), SD1
+    )
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -309,7 +317,7 @@ def test_modules_of_several_ranks_without_alpha_have_scale_one() -> None:
     shapes: Shapes = {}
     for path, rank in paths.items():
         shapes |= pair(f"unet.{path}", target[f"{path}.weight"], rank, "lora_A")
-    table = parse_adapters(shapes, {}, {"unet": target})
+    table = parse_adapters(shapes, {}, {"unet": target}, SD1)
     assert [(m.rank, m.divisor, m.alpha) for m in table.modules] == [(16, 16, None), (64, 64, None)]
 
 
@@ -321,7 +329,7 @@ def test_alphas_may_differ_between_modules() -> None:
     for path, rank in paths.items():
         stem = f"lora_unet_{path.replace('.', '_')}"
         shapes |= {**pair(stem, target[f"{path}.weight"], rank), f"{stem}.alpha": ()}
-    table = parse_adapters(shapes, {}, {"unet": target})
+    table = parse_adapters(shapes, {}, {"unet": target}, SD1)
     assert table.problems == ()
     assert [(m.rank, (m.alpha_key or "")[-8:]) for m in table.modules] == [
         (94, "in.alpha"),
@@ -337,7 +345,7 @@ def test_a_lokr_of_whole_factors_ignores_its_alpha() -> None:
         f"{KOHYA_TO_K}.lokr_w2": (4, 4),
         f"{KOHYA_TO_K}.alpha": (),
     }
-    (module,) = parse_adapters(shapes, {}, {"unet": target}).modules
+    (module,) = parse_adapters(shapes, {}, {"unet": target}, SD1).modules
     assert (module.rank, module.alpha_key, module.divisor) == (0, None, 1)
     assert module.idle == (f"{KOHYA_TO_K}.alpha",)
 
@@ -377,7 +385,7 @@ def test_whole_differences_of_norms_are_read() -> None:
         stem = f"lora_unet_{path.replace('.', '_')}"
         shapes[f"{stem}.{weight}"] = target[f"{path}.weight"]
         shapes[f"{stem}.{bias}"] = target[f"{path}.bias"]
-    table = parse_adapters(shapes, {}, {"unet": target})
+    table = parse_adapters(shapes, {}, {"unet": target}, SD1)
     assert table.problems == ()
     assert {m.key for m in table.modules} == {
         f"{p}.{e}" for p in (norm, proj) for e in ("weight", "bias")

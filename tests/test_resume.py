@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+import merge.run.finish as finish
 import merge.run.merging as merging
-import merge.run.stages as stages
 import merge.writer.journal as journal_module
 from merge import load_recipe, run_recipe
 from merge.errors import (
@@ -29,7 +29,7 @@ from merge.errors import (
     OutputExistsError,
     ResumeError,
 )
-from merge.reader import read_header
+from merge.reader.checkpoint import read_header
 from merge.writer.journal import JOURNAL_NAME, Journal, JournalMark
 from tests.mini import contents, random_tensors, write_models, write_recipe, write_unet
 from tests.together import exit_codes
@@ -114,13 +114,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     with pytest.raises(CheckpointError):
         read_header(partial / WEIGHTS)
     started = []
-    execute = stages.merge_components
+    execute = finish.merge_components
 
     def watched(*words: Any, **options: Any) -> Any:
         started.append(options["journal"].checkpoints[-1].tensors)
         return execute(*words, **options)
 
-    monkeypatch.setattr(stages, "merge_components", watched)
+    monkeypatch.setattr(finish, "merge_components", watched)
     assert contents(run(place, resume=True)) == expected
     assert started[0] >= count
     assert sorted(path.name for path in place.iterdir()) == sorted([*MODELS, "mini.yaml", "out"])
@@ -230,7 +230,7 @@ def test_a_changed_input_is_refused(place: Path) -> None:
 
 def test_another_version_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(place)
-    monkeypatch.setattr(stages, "__version__", "99")
+    monkeypatch.setattr(finish, "__version__", "99")
     with pytest.raises(ResumeError, match="the tool's version changed"):
         run(place, resume=True)
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge import load_recipe
+from merge.disclosure.secrets import find_secrets, find_tokens, known_tokens, redact
 from merge.errors import RecipeError
-from merge.secrets import find_secrets, find_tokens, known_tokens, redact
 
 CANARY = "hf_" + "Canary" * 5 + "1234"
 # Put together here, so that no scanner takes this file for a leak.

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from merge import load_recipe
-from merge.cli import main
+from merge.cli.main import main
 from merge.engine.units import Unit, WorkQueue
-from merge.run import run_recipe
-from merge.writer import TensorFileWriter
+from merge.run.stages import run_recipe
+from merge.writer.tensors import TensorFileWriter
 from tests.mini import write_models, write_recipe
 
 PREAMBLE = """
@@ -323,7 +323,7 @@ def test_an_interrupted_repetition_is_gone_on_with_or_leaves_nothing(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with monkeypatch.context() as patch:
-        patch.setattr("merge.run.stages.build_manifest", interrupt)
+        patch.setattr("merge.run.finish.build_manifest", interrupt)
         code, told = command("reproduce", first)
         assert (code, told.splitlines()[-1]) == (130, "interrupted: nothing half-written is left")
         assert not list(Path().iterdir())

@@ -16,12 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe, verify_files
-from merge.editor import EditSettings, edit, load_editor
+from merge.editor.batches import edit
+from merge.editor.load import load_editor
+from merge.editor.settings import EditSettings
 from merge.errors import CheckpointError, PlanError, SourceNotFoundError
-from merge.layout import plan_single_file, write_tensor_copies
-from merge.plan import build_plan
-from merge.reader import read_checkpoint
-from merge.sources import resolve_sources
+from merge.plan.build import build_plan
+from merge.reader.checkpoint import read_checkpoint
+from merge.sources.resolve import resolve_sources
+from merge.writer.copies.single_file import plan_single_file
+from merge.writer.copies.write import write_tensor_copies
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PARTS = {

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge.errors import PlanError, SourceError, SourceNotFoundError
-from merge.plan import build_plan
+from merge.plan.build import build_plan
 from merge.recipe.schema import DistilledRef, ModelRef, Models, Recipe
-from merge.sources import ResolvedModel, resolve_sources
+from merge.sources.model import ResolvedModel
+from merge.sources.resolve import resolve_sources
 from merge.sources.select import Weights, companion_files, plain_name, select_weights
 from tests.mini import random_tensors
 
@@ -65,7 +66,7 @@ def write_pipeline(folder: Path, **entries: object) -> Path:
 def test_a_pipeline_folder(tmp_path: Path) -> None:
     model = resolve(write_pipeline(tmp_path / "edit"), variant="fp16")
     assert (model.role, model.label, model.repo, model.commit) == ("target", "edit", None, None)
-    assert [file.name for file in model.weights] == [f"unet/{UNET}.safetensors"]
+    assert [file.name for file in model.main_files] == [f"unet/{UNET}.safetensors"]
     assert model.variant == ""
     assert model.config == {"name": "unet/config.json"}
     assert model.scheduler == {"name": "scheduler/scheduler_config.json"}
@@ -92,7 +93,7 @@ def test_a_pipeline_folder(tmp_path: Path) -> None:
             ),
         ],
     }
-    assert model.weights[0].size_bytes == len(f"unet/{UNET}.safetensors")
+    assert model.main_files[0].size_bytes == len(f"unet/{UNET}.safetensors")
 
 
 def test_a_real_pipeline_of_each_family(tiny_sd15: Path, tiny_sdxl: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_real_pipeline_of_each_family(tiny_sd15: Path, tiny_sdxl: Path) -> Non
         # Every file of the folder is accounted for.
         files = [file for part in pipeline.components for file in part.files]
         ours = {"unet/config.json", "scheduler/scheduler_config.json", "model_index.json"}
-        assert {file.name for file in [*files, *sources.target.weights]} | ours == {
+        assert {file.name for file in [*files, *sources.target.main_files]} | ours == {
             path.relative_to(models / "target").as_posix()
             for path in (models / "target").rglob("*")
             if path.is_file()
@@ -131,18 +132,18 @@ def test_a_pipeline_is_no_pipeline_for_base_and_distilled(tmp_path: Path) -> Non
         *("target", "base", "distilled[0]", "distilled[1]"),
     ]
     assert all(model.pipeline is None for model in sources.models)
-    assert sources.target.weights[0].name == f"{UNET}.safetensors"
-    assert sources.distilled[1].weights[0].name == f"unet/{UNET}.safetensors"
+    assert sources.target.main_files[0].name == f"{UNET}.safetensors"
+    assert sources.distilled[1].main_files[0].name == f"unet/{UNET}.safetensors"
 
 
 def test_folders_of_a_unet(tmp_path: Path) -> None:
     plain = resolve(write_files(tmp_path / "plain", "config.json", f"{UNET}.safetensors"))
-    assert (plain.weights[0].name, plain.pipeline) == (f"{UNET}.safetensors", None)
+    assert (plain.main_files[0].name, plain.pipeline) == (f"{UNET}.safetensors", None)
     assert plain.config == {"name": "config.json"}
     nested = resolve(write_files(tmp_path / "nested", f"unet/{UNET}.safetensors"))
-    assert (nested.weights[0].name, nested.config) == (f"unet/{UNET}.safetensors", None)
+    assert (nested.main_files[0].name, nested.config) == (f"unet/{UNET}.safetensors", None)
     subfolder = resolve(write_pipeline(tmp_path / "pipe"), subfolder="unet/")
-    assert (subfolder.weights[0].name, subfolder.pipeline) == (f"unet/{UNET}.safetensors", None)
+    assert (subfolder.main_files[0].name, subfolder.pipeline) == (f"unet/{UNET}.safetensors", None)
     assert subfolder.config == {"name": "unet/config.json"}
     with pytest.raises(SourceNotFoundError, match=r"models\.target: it has no folder nothing"):
         resolve(tmp_path / "pipe", subfolder="nothing")
@@ -151,7 +152,7 @@ def test_folders_of_a_unet(tmp_path: Path) -> None:
 def test_a_pipeline_in_a_subfolder(tmp_path: Path) -> None:
     write_pipeline(tmp_path / "repo" / "v1" / "edit")
     model = resolve(tmp_path / "repo", subfolder="v1/edit", variant="fp16")
-    assert model.weights[0].name == f"v1/edit/unet/{UNET}.safetensors"
+    assert model.main_files[0].name == f"v1/edit/unet/{UNET}.safetensors"
     assert model.scheduler == {"name": "scheduler/scheduler_config.json"}
     assert model.pipeline is not None
     vae = model.pipeline.components[1]
@@ -165,7 +166,7 @@ def test_a_single_file(tmp_path: Path) -> None:
     file = write_files(tmp_path, "mine.safetensors") / "mine.safetensors"
     model = resolve(file)
     assert (model.label, model.is_folder, model.config) == ("mine.safetensors", False, None)
-    assert (model.weights[0].name, model.weights[0].path) == ("mine.safetensors", file)
+    assert (model.main_files[0].name, model.main_files[0].path) == ("mine.safetensors", file)
     assert resolve(file, config=str(tmp_path / "configs")).config == {"name": "unet/config.json"}
     assert resolve(file, config=str(tmp_path / "flat")).config == {"name": "config.json"}
     with pytest.raises(SourceNotFoundError, match=r"config: there is no config\.json of a UNet in"):
@@ -183,7 +184,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     model = resolve(folder)
     assert model.pipeline is not None
     assert [part.name for part in model.pipeline.components] == ["tokenizer", "vae"]
-    assert model.weights[0].size_bytes == (tmp_path / "blob").stat().st_size
+    assert model.main_files[0].size_bytes == (tmp_path / "blob").stat().st_size
 
 
 # What is refused -------------------------------------------------------------------------------
@@ -317,13 +318,13 @@ def test_shards_are_one_model(tiny_sd15: Path, tmp_path: Path) -> None:
     recipe = Recipe("r", Models(target, distilled, ModelRef(path=str(base))))
     sources = resolve_sources(recipe)
     assert sources.base is not None
-    assert [file.name for file in sources.base.weights] == [
+    assert [file.name for file in sources.base.main_files] == [
         f"{UNET}-0000{part}-of-00003.safetensors" for part in (1, 2, 3)
     ]
     plan = build_plan(recipe, sources)
     assert plan.counts["delta"] == 685
     assert {file.name for file in plan.files if file.role == "base"} == {
-        file.name for file in sources.base.weights
+        file.name for file in sources.base.main_files
     }
     # A shard that loses a tensor is a model that lacks it.
     lost = tmp_path / "base" / f"{UNET}-00002-of-00003.safetensors"
@@ -339,14 +340,14 @@ def test_shards_of_a_variant_and_without_an_index(tmp_path: Path) -> None:
     tensors = random_tensors(1)
     write_shards(tmp_path / "unet", tensors, 2)
     write_shards(tmp_path / "unet", tensors, 3, "fp16")
-    assert len(resolve(tmp_path / "unet").weights) == 2
+    assert len(resolve(tmp_path / "unet").main_files) == 2
     model = resolve(tmp_path / "unet", variant="fp16")
-    assert [file.name for file in model.weights] == [
+    assert [file.name for file in model.main_files] == [
         f"{UNET}.fp16-0000{part}-of-00003.safetensors" for part in (1, 2, 3)
     ]
     for path in (tmp_path / "unet").glob("*.json"):
         path.unlink()
-    assert len(resolve(tmp_path / "unet").weights) == 2
+    assert len(resolve(tmp_path / "unet").main_files) == 2
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
@@ -425,7 +426,7 @@ def test_expected_digests_come_from_the_recipe(tmp_path: Path) -> None:
     model = resolve(write_pipeline(tmp_path / "edit"), sha256=expected)
     assert model.pipeline is not None
     parts = [file for part in model.pipeline.components for file in part.files]
-    stated = {file.name: file.expected_sha256 for file in [*model.weights, *parts]}
+    stated = {file.name: file.expected_sha256 for file in [*model.main_files, *parts]}
     assert {name: digest for name, digest in stated.items() if digest} == expected
     assert stated["tokenizer/merges.txt"] == ""
 

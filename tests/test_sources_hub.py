@@ -86,12 +86,12 @@ from merge import MergeError, load_recipe, resolve_sources
 
 def describe(model):
     parts = model.pipeline.components if model.pipeline else ()
-    files = [*model.weights, *(file for part in parts for file in part.files)]
+    files = [*model.main_files, *(file for part in parts for file in part.files)]
     return {
         "label": model.label,
         "commit": model.commit,
         "variant": model.variant,
-        "weights": [file.name for file in model.weights],
+        "weights": [file.name for file in model.main_files],
         "config": model.config,
         "exports": {p.name: p.export_names for p in parts},
         "sha256": {file.name: file.expected_sha256 for file in files},

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe
 from merge.errors import PlanError
-from merge.plan import build_plan, plan_to_json
-from merge.sources import resolve_sources
+from merge.plan.build import build_plan
+from merge.plan.render import plan_to_json
+from merge.sources.resolve import resolve_sources
 from tests.mini import bits, contents, numpy_float32, numpy_round
 
 TEXT = "text_encoder/model.safetensors"

@@ -18,7 +18,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from merge import load_recipe, run_recipe, verify_folder
-from merge.editor import EditSettings, edit, load_editor
+from merge.editor.batches import edit
+from merge.editor.load import load_editor
+from merge.editor.settings import EditSettings
 from merge.editor.vae import encode_pictures
 from merge.errors import VerificationError
 from merge.verify.drawings import draw_picture
@@ -329,8 +331,9 @@ def test_what_was_not_judged_is_said() -> None:
 def test_a_run_record_that_somebody_changed_proves_nothing(
     tmp_path: Path, demo: Path, run: Any
 ) -> None:
-    from merge.verify.record import check_record, read_run
+    from merge.records.folder import OutputRecords
+    from merge.verify.record import check_record
 
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert check_record({"weight": "much"}, read_run(tmp_path)) == []
-    assert check_record({}, read_run(tmp_path / "nowhere")) == []
+    assert check_record({"weight": "much"}, OutputRecords(tmp_path).run) == []
+    assert check_record({}, OutputRecords(tmp_path / "nowhere").run) == []

@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from merge import convert, load_recipe, run_recipe
-from merge.editor import EditSettings, edit, load_editor
+from merge.editor.batches import edit
+from merge.editor.load import load_editor
+from merge.editor.settings import EditSettings
 from merge.errors import CheckpointError
 from tests.mini import plan_of, write_recipe
 

@@ -31,9 +31,10 @@ from merge.errors import (
     SourceNotFoundError,
 )
 from merge.header import encode_header
-from merge.reader import read_header
-from merge.writer import OutputFile, OutputFolder, TensorFileWriter
-from merge.writer.folder import MARKER
+from merge.reader.checkpoint import read_header
+from merge.writer.file import OutputFile
+from merge.writer.folder import MARKER, OutputFolder
+from merge.writer.tensors import TensorFileWriter
 
 VALUES = {
     "a.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -577,7 +578,9 @@ def test_space_is_checked_where_the_folder_will_be(
 WRITE_ALL = """
 import sys, threading
 from pathlib import Path
-from merge.writer import OutputFile, OutputFolder, TensorFileWriter
+from merge.writer.file import OutputFile
+from merge.writer.folder import OutputFolder
+from merge.writer.tensors import TensorFileWriter
 
 out, source = map(Path, sys.argv[1:])
 with OutputFolder(out / "sub" / "out", overwrite=False) as folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 from merge.card.fields import Fields
 from merge.errors import CheckpointError, SourceNotFoundError
-from merge.export import PIPELINE_CLASSES, WEIGHTS_NAME
-from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_locked_recipe, read_manifest
+from merge.family.model import Family
+from merge.family.registry import family_named
+from merge.records.folder import LOCK_NAME, MANIFEST_NAME, REPORT_NAME, OutputRecords
 
-REPORT_NAME = "report.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SINGLE_FILE = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
@@ -119,25 +118,25 @@ class CardFacts:
     Attributes:
         manifest: All of `merge_manifest.json`.
         recipe: The recipe of the lock.
-        architecture: A key of `PIPELINE_CLASSES`.
+        family: The architecture.
         parents: Target, base, then distilled in recipe order.
         scheduler: Class name.
         single_file: Name of the LDM/SGM file that is there, or empty.
-        is_pipeline: False for a UNet alone.
+        is_pipeline: False for a network alone.
         has_folder_weights: False where only the single file goes along with the configs.
-        has_unet_config: `unet/config.json` is there.
+        has_main_config: The config of the main component is there.
         report: None when nothing was verified.
     """
 
     manifest: Fields
     recipe: Fields
-    architecture: str
+    family: Family
     parents: tuple[Parent, ...]
     scheduler: str
     single_file: str
     is_pipeline: bool
     has_folder_weights: bool
-    has_unet_config: bool
+    has_main_config: bool
     report: ReportFacts | None
 
     @property
@@ -162,16 +161,16 @@ def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
     def goes_along(name: str) -> bool:
         return (folder / name).is_file() if names is None else name in names
 
-    manifest_tree, recipe_tree = read_manifest(folder), read_locked_recipe(folder)
-    for name, tree in ((MANIFEST_NAME, manifest_tree), (LOCK_NAME, recipe_tree)):
-        if tree is None:
-            raise SourceNotFoundError(
-                f"{folder} has no {name}", hint="only outputs of `run` have a card"
-            )
-    manifest = Fields(manifest_tree, MANIFEST_NAME)
-    recipe = Fields(recipe_tree, LOCK_NAME)
+    records = OutputRecords(folder)
+    if name := records.missing:
+        raise SourceNotFoundError(
+            f"{folder} has no {name}", hint="only outputs of `run` have a card"
+        )
+    manifest = Fields(records.manifest, MANIFEST_NAME)
+    recipe = Fields(records.recipe, LOCK_NAME)
     architecture = manifest.text("architecture")
-    if architecture not in PIPELINE_CLASSES:
+    family = family_named(architecture)
+    if family is None:
         raise CheckpointError(f"{MANIFEST_NAME}: there is no architecture {architecture!r}")
     singles = [
         name
@@ -181,14 +180,14 @@ def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
     return CardFacts(
         manifest=manifest,
         recipe=recipe,
-        architecture=architecture,
+        family=family,
         parents=_parents(manifest.table("inputs"), recipe),
         scheduler=recipe.table("scheduler").text("class_name", "LCMScheduler"),
         single_file=singles[0] if singles else "",
         is_pipeline=goes_along("model_index.json"),
-        has_folder_weights=goes_along(WEIGHTS_NAME),
-        has_unet_config=goes_along("unet/config.json"),
-        report=_read_report(folder, manifest),
+        has_folder_weights=goes_along(family.main.file_name),
+        has_main_config=goes_along(family.main.config_name),
+        report=_read_report(records, manifest),
     )
 
 
@@ -212,19 +211,16 @@ def _parent(role: str, record: Fields, weight: float | None) -> Parent:
     return Parent(role, repo, commit, weight)
 
 
-def _read_report(folder: Path, manifest: Fields) -> ReportFacts | None:
-    path = folder / REPORT_NAME
-    if not path.is_file():
+def _read_report(records: OutputRecords, manifest: Fields) -> ReportFacts | None:
+    folder, tree = records.folder, records.report
+    if tree is None:
         return None
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     report = Fields(tree, REPORT_NAME)
     digest = report.table("summary").text("recipe_digest", "")
     if digest and digest != manifest.text("recipe_digest", digest):
         raise CheckpointError(
-            f"{path} is the report of another model: it has recipe digest {digest[:64]}",
+            f"{folder / REPORT_NAME} is the report of another model: "
+            f"it has recipe digest {digest[:64]}",
             hint="verify the folder again",
         )
     edits = (_edit(folder, edit) for edit in report.tables("edits"))

@@ -10,11 +10,6 @@ import yaml
 from merge.card.escape import one_line
 from merge.card.facts import CardFacts
 
-_FAMILY_TAGS = {
-    "sd15": "stable-diffusion",
-    "sd21": "stable-diffusion",
-    "sdxl": "stable-diffusion-xl",
-}
 _SCHEDULER_TAGS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
 
 
@@ -60,4 +55,4 @@ def _tags(facts: CardFacts) -> list[str]:
     method = facts.recipe.text("method")
     if method != "add_difference":
         tags.append(one_line(method).replace("_", "-"))
-    return list(dict.fromkeys([*tags, _FAMILY_TAGS[facts.architecture], "image-to-image"]))
+    return list(dict.fromkeys([*tags, facts.family.tag, "image-to-image"]))

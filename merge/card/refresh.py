@@ -8,8 +8,8 @@ from merge.card.facts import read_facts
 from merge.card.metadata import CardLicence
 from merge.card.render import CARD_MARKER, CARD_NAME, render_card
 from merge.card.use import PLACEHOLDER
-from merge.licences import decide_licence
-from merge.writer import write_atomically
+from merge.disclosure.licences import decide_licence
+from merge.writer.file import write_atomically
 
 
 def draft_card(folder: Path) -> str:

@@ -21,11 +21,12 @@ from merge.card.facts import (
 )
 from merge.card.fields import Fields
 from merge.card.metadata import CardLicence, front_matter
-from merge.card.use import BEST_RESOLUTIONS, use_section
+from merge.card.use import use_section
 from merge.errors import CheckpointError
-from merge.manifest import LOCK_NAME, MANIFEST_NAME
-from merge.methods import METHODS, Method
+from merge.methods.model import Method
+from merge.methods.table import METHODS
 from merge.plan.render import format_bytes
+from merge.records.folder import LOCK_NAME, MANIFEST_NAME
 
 CARD_NAME = "README.md"
 # The first line after the front matter. A card without it is somebody's own and is not replaced.
@@ -77,7 +78,7 @@ def render_card(
 
 
 def _what_it_is(facts: CardFacts) -> str:
-    what = "model" if facts.is_pipeline else "UNet"
+    what = "model" if facts.is_pipeline else facts.family.main.title
     return (
         f"# {prose(facts.recipe.text('name'))}\n\n"
         f"An InstructPix2Pix {what} that edits pictures from an instruction in few steps, merged "
@@ -296,8 +297,8 @@ def _recipe(facts: CardFacts) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
-    side = BEST_RESOLUTIONS[facts.architecture]
-    only = " only" if facts.architecture == "sdxl" else "; larger pictures may work"
+    side = facts.family.resolution
+    only = " only" if facts.family.has_fixed_size else "; larger pictures may work"
     steps = "an LCM scheduler refuses" if facts.scheduler == "LCMScheduler" else "it does not need"
     return f"""## Limits
 

@@ -6,10 +6,8 @@ import json
 from dataclasses import dataclass
 
 from merge.card.facts import CardFacts
-from merge.export import PIPELINE_CLASSES
 
 PLACEHOLDER = "path/to/this/folder"
-BEST_RESOLUTIONS = {"sd15": 512, "sd21": 512, "sdxl": 768}
 # What the LCM scheduler of diffusers has when its config does not say.
 _ORIGINAL_STEPS = 50
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -35,7 +33,7 @@ def edit_numbers(facts: CardFacts) -> EditNumbers:
         steps=len(timesteps) or verify.count("steps", 4),
         guidance_scale=verify.number("guidance_scale", 2.0),
         image_guidance_scale=verify.number("image_guidance_scale", 1.0),
-        resolution=verify.count("resolution", BEST_RESOLUTIONS[facts.architecture]),
+        resolution=verify.count("resolution", facts.family.resolution),
         original_inference_steps=verify.count("original_inference_steps", _ORIGINAL_STEPS),
         timesteps=timesteps,
     )
@@ -49,7 +47,7 @@ def use_section(facts: CardFacts, repo_id: str | None) -> str:
         repo_id: Where it is published; without one the lines have a placeholder.
     """
     if not facts.is_pipeline:
-        return _unet_alone(facts, repo_id)
+        return _alone(facts, repo_id)
     parts = ["## Use"]
     if facts.has_folder_weights:
         parts += [_folder(facts, repo_id), _warnings(facts), _command(facts, repo_id)]
@@ -59,10 +57,10 @@ def use_section(facts: CardFacts, repo_id: str | None) -> str:
 
 
 def _folder(facts: CardFacts, repo_id: str | None) -> str:
-    name = PIPELINE_CLASSES[facts.architecture]
+    name = facts.family.pipeline_class
     numbers = edit_numbers(facts)
     side = numbers.resolution
-    size = f"\n    height={side},\n    width={side}," if facts.architecture == "sdxl" else ""
+    size = f"\n    height={side},\n    width={side}," if facts.family.has_fixed_size else ""
     schedule = ""
     if facts.scheduler == "LCMScheduler" and numbers.original_inference_steps != _ORIGINAL_STEPS:
         schedule = (
@@ -131,7 +129,7 @@ def _download(repo_id: str | None) -> str:
 
 
 def _single_file(facts: CardFacts, repo_id: str | None) -> str:
-    name = PIPELINE_CLASSES[facts.architecture]
+    name = facts.family.pipeline_class
     file = facts.single_file
     where = f"{PLACEHOLDER}/{file}"
     if repo_id:
@@ -157,27 +155,27 @@ In ComfyUI load it as a checkpoint and condition with InstructPixToPixConditioni
             " Add ModelSamplingDiscrete with sampling `lcm` and sample with `lcm`: a file cannot "
             "carry that choice."
         )
-    if facts.architecture == "sdxl":
-        text += " A1111 takes an 8-channel SDXL file for a plain one and cannot edit with it."
-    return text
+    single = facts.family.single_file
+    return f"{text} {single.caveat}" if single is not None and single.caveat else text
 
 
-def _unet_alone(facts: CardFacts, repo_id: str | None) -> str:
-    text = "## Use\n\nThis is a UNet alone, without the pipeline around it"
-    if not facts.has_unet_config:
+def _alone(facts: CardFacts, repo_id: str | None) -> str:
+    main = facts.family.main
+    text = f"## Use\n\nThis is a {main.title} alone, without the pipeline around it"
+    if not facts.has_main_config:
         return f"{text} and without a config: it takes the target's."
     return f"""{text}. Load it with
 
 ```python
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import {main.class_name}
 
-unet = UNet2DConditionModel.from_pretrained(
-    {_literal(repo_id or PLACEHOLDER)}, subfolder="unet", torch_dtype={_dtype(facts)}
+{main.name} = {main.class_name}.from_pretrained(
+    {_literal(repo_id or PLACEHOLDER)}, subfolder="{main.name}", torch_dtype={_dtype(facts)}
 )
 ```
 
-and give it as `unet` to a `{PIPELINE_CLASSES[facts.architecture]}` with `{_scheduler(facts)}`."""
+and give it as `{main.name}` to a `{facts.family.pipeline_class}` with `{_scheduler(facts)}`."""
 
 
 def _scheduler(facts: CardFacts) -> str:

@@ -67,7 +67,7 @@ def convert_command(
     hold is named with the reason. The last line on stdout is OUT, which appears only when it is
     complete.
     """
-    from merge.conversion import convert
+    from merge.conversion.directions import convert
 
     bars = Bars(quiet=is_quiet())
     try:

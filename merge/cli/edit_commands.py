@@ -33,7 +33,9 @@ from merge.errors import ImageError, MergeError, OutputError, VerificationError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from merge.editor import Editor, EditRequest, EditResult, EditSettings
+    from merge.editor.load import Editor
+    from merge.editor.result import EditRequest, EditResult
+    from merge.editor.settings import EditSettings
 
 _LOG = logging.getLogger("merge.cli")
 _BAR = "verify"  # the stage whose word is "editing"
@@ -203,7 +205,9 @@ def edit_command(
         targets = image_targets(image, output or Path(f"{image.stem}-edit.png"), seeds)
     check_outputs(targets, overwrite=overwrite)
     silence_libraries()
-    from merge.editor import EditSettings, load_editor, load_image
+    from merge.editor.load import load_editor
+    from merge.editor.pictures import load_image
+    from merge.editor.settings import EditSettings
 
     settings = EditSettings(seed=seeds[0], **options)
     # A wrong picture is said before the model is loaded.
@@ -264,7 +268,7 @@ class _Work:
         self.seconds = 0.0
 
     def run(self, batch_size: int) -> None:
-        from merge.editor import edit_many
+        from merge.editor.batches import edit_many
 
         bars = Bars(quiet=is_quiet())
         alone = len(self.targets) == 1
@@ -288,7 +292,8 @@ class _Work:
             bars.close()
 
     def requests(self) -> Iterator[EditRequest]:
-        from merge.editor import EditRequest, fit_size, load_image
+        from merge.editor.pictures import fit_size, load_image
+        from merge.editor.result import EditRequest
 
         resolution = self.settings.resolution or self.editor.default_resolution
         for path, targets in itertools.groupby(self.targets, lambda target: target.image):
@@ -303,7 +308,7 @@ class _Work:
                 yield EditRequest(picture, self.instruction, target.seed)
 
     def keep(self, target: Target, result: EditResult) -> None:
-        from merge.editor import save_png
+        from merge.editor.png import save_png
 
         if result.non_finite_count:
             error = VerificationError(

@@ -70,8 +70,9 @@ def extract_lora_command(
     The error of a block is the norm of what the LoRA lacks over the norm of the delta. What no
     LoRA can hold, such as a bias, is named with its share. The last line on stdout is the file.
     """
-    from merge.extract import extract_lora, extraction_to_json, render_extraction
-    from merge.recipe import load_recipe
+    from merge.extract.extraction import extract_lora
+    from merge.extract.report import extraction_to_json, render_extraction
+    from merge.recipe.load import load_recipe
 
     if rank is not None and energy is not None:
         raise click.UsageError("give either --rank or --energy")

@@ -18,7 +18,7 @@ from merge.cli.output import common_options, examples, json_option, print_json
 @common_options
 def show_command(path: Path, as_json: bool) -> None:
     """Say what a checkpoint is: architecture, layout, dtypes, parents, recipe, hashes."""
-    from merge.describe import describe_path, render_description
+    from merge.records.describe import describe_path, render_description
 
     description = describe_path(path)
     if as_json:
@@ -32,7 +32,7 @@ def show_command(path: Path, as_json: bool) -> None:
 @common_options
 def env_command(as_json: bool) -> None:
     """Show versions, devices, cache and offline settings, for bug reports."""
-    from merge.environment import describe_environment
+    from merge.records.environment import describe_environment
 
     facts = describe_environment()
     if as_json:

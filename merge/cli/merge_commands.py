@@ -10,7 +10,7 @@ import click
 from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
 
 if TYPE_CHECKING:
-    from merge.sources import Sources
+    from merge.sources.model import Sources
 
 
 @click.command(
@@ -57,8 +57,8 @@ def run_command(
     which appears only when it is complete. A lock such as an output's recipe.lock.yaml runs too,
     with exactly the inputs that it names or not at all.
     """
-    from merge.lock import load_recipe_or_lock, lock_for, lock_path_of
-    from merge.run import run_recipe
+    from merge.records.lock.find import load_recipe_or_lock, lock_for, lock_path_of
+    from merge.run.stages import run_recipe
 
     if locked and write_lock:
         raise click.UsageError("--locked uses a lock and --write-lock makes one: give one of them")
@@ -112,9 +112,11 @@ def plan_command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None
     Lists what is merged, copied, cast and left out, each with its reason, the bytes read and
     written and the peak memory. Writes nothing.
     """
-    from merge.lock import load_recipe_or_lock
-    from merge.plan import build_plan, default_threads, peak_bytes, plan_to_json, render_plan
-    from merge.sources import resolve_sources
+    from merge.plan.build import build_plan
+    from merge.plan.memory import default_threads, peak_bytes
+    from merge.plan.render import plan_to_json, render_plan
+    from merge.records.lock.find import load_recipe_or_lock
+    from merge.sources.resolve import resolve_sources
 
     loaded, lock = load_recipe_or_lock(recipe, overrides)
     sources = resolve_sources(loaded, download=False)
@@ -173,7 +175,7 @@ def reproduce_command(
     """
     if resume and out is None:
         raise click.UsageError("--resume needs --out: without it nothing of a repetition is kept")
-    from merge.run import reproduce
+    from merge.run.repetition import reproduce
 
     bars = Bars(quiet=is_quiet())
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merge.secrets import known_tokens, redact
+from merge.disclosure.secrets import known_tokens, redact
 
 if TYPE_CHECKING:
     from tqdm import tqdm

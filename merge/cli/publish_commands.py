@@ -11,7 +11,7 @@ import click
 from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
 
 if TYPE_CHECKING:
-    from merge.publication import Prepared
+    from merge.publication.model import Prepared
 
 
 @click.command(
@@ -52,7 +52,8 @@ def publish_command(
     """
     if is_quiet():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from merge.publication import prepare, publish
+    from merge.publication.prepare import prepare
+    from merge.publication.publish import publish
 
     bars = Bars(quiet=is_quiet())
     try:

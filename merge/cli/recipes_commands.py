@@ -17,7 +17,7 @@ from merge.writer.tensors import write_error
 @common_options
 def validate_command(recipes: tuple[str, ...]) -> None:
     """Check recipes and locks: schema and values only, no model is looked at."""
-    from merge.lock import load_recipe_or_lock
+    from merge.records.lock.find import load_recipe_or_lock
 
     failures: list[MergeError] = []
     for name in recipes:
@@ -49,8 +49,7 @@ def validate_command(recipes: tuple[str, ...]) -> None:
 @common_options
 def recipes_command(name: str | None, destination: Path | None, as_json: bool) -> None:
     """List the bundled recipes, or print or copy the one called NAME."""
-    from merge.recipe import bundled_recipes, find_recipe
-    from merge.recipe.bundled import describe_recipe
+    from merge.recipe.bundled import bundled_recipes, describe_recipe, find_recipe
 
     if name is None:
         if destination is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from merge.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from merge.verify import CompareOptions
+    from merge.verify.model import CompareOptions
 
 
 @click.command(
@@ -109,7 +108,11 @@ def verify_command(
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
     silence_libraries()
     from merge.errors import VerificationError
-    from merge.verify import CompareOptions, read_edits, verify_folder
+    from merge.json_files import json_bytes
+    from merge.verify.edits import read_edits
+    from merge.verify.folder import verify_folder
+    from merge.verify.model import CompareOptions
+    from merge.verify.report import report_to_json
 
     options = None
     if compare is not None:
@@ -138,19 +141,14 @@ def verify_command(
         raise
     finally:
         bars.close()
+    tree = report_to_json(report)
     if as_json:
-        click.echo(report.read_text(encoding="utf-8"), nl=False)
-    else:
-        _print_verdict(report)
-        click.echo(folder)
-
-
-def _print_verdict(report: Path) -> None:
-    """Say what the checks prove, and what they do not."""
+        click.echo(json_bytes(tree).decode(), nl=False)
+        return
     if not is_quiet():
-        tree = json.loads(report.read_text(encoding="utf-8"))
         for line in filter(None, (tree["verdict"], tree["not_judged"])):
             click.echo(line, err=True)
+    click.echo(folder)
 
 
 def _verify_files(folder: Path, bars: Bars, as_json: bool) -> None:

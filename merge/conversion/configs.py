@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from merge.errors import CheckpointError, SourceError, SourceNotFoundError
-from merge.layout import TensorCopy, copies_of, fit_copies
+from merge.family.model import Family
+from merge.family.registry import component_named
+from merge.json_files import read_json
 from merge.plan.compat import WHOLE_HINT
-from merge.reader import read_checkpoint
+from merge.reader.checkpoint import read_checkpoint
 from merge.sources.components import refuse_own_code
 from merge.sources.select import companion_files, has_weights, plain_name, select_weights
-
-_CONVERTED = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Component, key of its config, tensor, and which of its dimensions the key gives.
-_SIZES = (
-    ("unet", "in_channels", "conv_in.weight", 1),
-    ("unet", "out_channels", "conv_out.weight", 0),
-    ("unet", "cross_attention_dim", ".attn2.to_k.weight", 1),
-    ("unet", "projection_class_embeddings_input_dim", "add_embedding.linear_1.weight", 1),
-    ("vae", "latent_channels", "decoder.conv_in.weight", 1),
-    ("text_encoder", "hidden_size", "text_model.embeddings.token_embedding.weight", 1),
-    ("text_encoder", "vocab_size", "text_model.embeddings.token_embedding.weight", 0),
-    ("text_encoder_2", "hidden_size", "text_model.embeddings.token_embedding.weight", 1),
-    ("text_encoder_2", "projection_dim", "text_projection.weight", 0),
-)
+from merge.writer.copies.fit import fit_copies
+from merge.writer.copies.model import TensorCopy, copies_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +66,7 @@ def read_configs(folder: Path) -> Configs:
         if "/" in name or name.startswith(".") or not part.is_dir():
             raise SourceNotFoundError(f"{folder} lacks the folder of its component {name}")
         names = {str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()}
-        if name not in _CONVERTED and "config.json" in names:
+        if component_named(name) is None and "config.json" in names:
             weights = _weights(part, names)
             if weights is None:
                 missing.append(name)
@@ -89,17 +78,20 @@ def read_configs(folder: Path) -> Configs:
     return Configs(folder, index, files, tuple(missing), components)
 
 
-def check_configs(configs: Configs, parts: Mapping[str, Sequence[TensorCopy]]) -> None:
+def check_configs(
+    configs: Configs, parts: Mapping[str, Sequence[TensorCopy]], family: Family
+) -> None:
     """Compare the sizes that the configs state with the tensors.
 
     Args:
         configs: Of a pipeline folder.
         parts: Component to its tensors.
+        family: The file's architecture.
 
     Raises:
         CheckpointError: the folder describes another model; the message lists every difference.
     """
-    wanted = {name for name in _CONVERTED if _is_listed(configs.index, name)}
+    wanted = {part.name for part in family.components if _is_listed(configs.index, part.name)}
     problems = [
         f"the file has no {name}, and the folder's pipeline has one"
         for name in sorted(wanted - set(parts))
@@ -111,35 +103,24 @@ def check_configs(configs: Configs, parts: Mapping[str, Sequence[TensorCopy]]) -
     for name in sorted(wanted & set(parts)):
         if name not in configs.components:
             problems.append(f"the folder has no {name}/config.json")
-    for component, key, suffix, axis in _SIZES:
-        stated = configs.components.get(component, {}).get(key)
-        shape = next((c.shape for c in parts.get(component, ()) if c.name.endswith(suffix)), ())
-        if isinstance(stated, int) and len(shape) > axis and shape[axis] != stated:
-            problems.append(
-                f"{component}: {key} is {stated} in the config and {shape[axis]} in the file"
-            )
-    if configs.components.get("unet", {}).get("time_cond_proj_dim") is not None:
-        problems.append("unet: the config asks for a guidance embedding, which no single file has")
+    for part in family.components:
+        config, copies = configs.components.get(part.name, {}), parts.get(part.name, ())
+        for key, suffix, axis in part.sizes:
+            stated = config.get(key)
+            shape = next((copy.shape for copy in copies if copy.name.endswith(suffix)), ())
+            if isinstance(stated, int) and len(shape) > axis and shape[axis] != stated:
+                problems.append(
+                    f"{part.name}: {key} is {stated} in the config and {shape[axis]} in the file"
+                )
+    main, guidance = family.main.name, family.guidance
+    if guidance is not None and configs.components.get(main, {}).get(guidance.field) is not None:
+        what = "the config asks for a guidance embedding, which no single file has"
+        problems.append(f"{main}: {what}")
     if problems:
         raise CheckpointError(
             "\n  ".join([f"{configs.folder} is not the config of this file:", *problems]),
             hint="--config takes a pipeline folder of the same architecture and channels",
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds something else.
-    """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return tree
 
 
 def _weights(part: Path, names: set[str]) -> dict[str, str] | None:

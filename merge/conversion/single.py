@@ -11,15 +11,17 @@ from merge.conversion.configs import (
     check_configs,
     fit_parts,
     read_configs,
-    read_json,
 )
 from merge.errors import CheckpointError
-from merge.intake import take_in, without
-from merge.keymap import unknown_keys
-from merge.kinds import EDM, Prediction
-from merge.layout import TensorCopy, plan_components
+from merge.family.keys.single_file import unknown_keys
+from merge.family.registry import recognise
+from merge.json_files import read_json
 from merge.plan.patterns import match_exclude
-from merge.reader import Checkpoint, read_checkpoint
+from merge.reader.checkpoint import Checkpoint, read_checkpoint
+from merge.reader.intake import take_in, without
+from merge.reader.kinds.prediction import EDM, Prediction
+from merge.writer.copies.model import TensorCopy
+from merge.writer.copies.single_file import plan_components
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,14 @@ def read_single_file(
         }
         checkpoint = without(intake.checkpoint, excluded)
         relayout = plan_components(checkpoint)
+        main, copies = next(iter(relayout.copies.items()))
+        found = recognise({copy.name: copy.shape for copy in copies})
+        if found is None:
+            raise CheckpointError(f"its {main} is of no architecture that is known")
     except CheckpointError as error:
         raise _of(source, error) from None
     configs = read_configs(config)
-    check_configs(configs, relayout.copies)
+    check_configs(configs, relayout.copies, found.family)
     try:
         _check_prediction(intake.prediction, configs)
         parts, notes = fit_parts(configs, relayout.copies)

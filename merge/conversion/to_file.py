@@ -7,28 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge.conversion.configs import read_json
-from merge.conversion.metadata import EDIT_CHANNELS, single_file_metadata
+from merge.conversion.metadata import CONVERTIBLE_HINT, single_file_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
 from merge.errors import CheckpointError, SourceNotFoundError
-from merge.expected import fit_to_config
-from merge.intake import reshaped, take_in
-from merge.keymap import GUIDANCE_EMBEDDING, UNetArchitecture, detect_unet
-from merge.layout import plan_single_file, write_tensor_copies
-from merge.layout.write import plan_header
+from merge.family.expected.fit import fit_to_config
+from merge.family.model import Recognised
+from merge.family.registry import main_names, recognise
+from merge.json_files import read_json
 from merge.plan.compat import WHOLE_HINT
-from merge.reader import Checkpoint, read_checkpoint, verify_records
+from merge.reader.checkpoint import Checkpoint, read_checkpoint, verify_records
+from merge.reader.intake import reshaped, take_in
 from merge.sources.select import has_weights, select_weights
-from merge.writer import OutputFile, refuse_overlap
-
-_REQUIRED = {
-    "sd15": ("unet", "vae", "text_encoder"),
-    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
-}
+from merge.writer.copies.single_file import plan_single_file
+from merge.writer.copies.write import plan_header, write_tensor_copies
+from merge.writer.file import OutputFile
+from merge.writer.overlap import refuse_overlap
 
 
 def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
-    """Write the UNet, the VAE and the text encoders of a folder as one file.
+    """Write the components of a folder as one file.
 
     Raises:
         SourceError: a component is not there.
@@ -38,21 +35,23 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
     refuse_overlap(out, [source])
     output = OutputFile(out, overwrite=options.overwrite)
     output.check()
-    parts = {"unet": _read_component(source, "unet", options.allow_pickle)}
+    names = main_names()
+    main = next((name for name in names if (source / name).is_dir()), names[0])
+    parts = {main: _read_component(source, main, options.allow_pickle)}
     # A layer may be a matrix or a convolution there, which tells families apart.
-    architecture = _recognise(source, _fitted(source, parts, is_whole=False)[0]["unet"])
-    for name in _REQUIRED[architecture.family][1:]:
+    found = _recognise(source / main, _fitted(source, parts, is_whole=False)[0][main])
+    assert found.family.single_file is not None
+    for name in found.family.single_file.components[1:]:
         parts[name] = _read_component(source, name, options.allow_pickle)
     parts, shape_notes = _fitted(source, parts)
-    unet = parts["unet"]
     scheduler = _scheduler(source)
     relayout = plan_single_file(parts)
     copies = relayout.copies[""]
     metadata = single_file_metadata(
-        architecture,
+        found,
         out.stem,
         prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        inherited=unet.metadata,
+        inherited=parts[main].metadata,
     )
     left_out = {**relayout.left_out, **_without_place(source, parts)}
     for name, part in parts.items():
@@ -64,7 +63,7 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
         check_pickles(parts)
         size, sha256 = write_tensor_copies(output.partial, copies, metadata, on_bytes=count)
         output.publish()
-    notes = (*shape_notes, *_notes(architecture, out, source))
+    notes = (*shape_notes, *_notes(found, out, source))
     files = {out.name: WrittenFile(size, sha256)}
     return ConvertResult(out, "single-file", files, left_out, notes)
 
@@ -129,18 +128,19 @@ def _fitted(
     return fitted, tuple(notes)
 
 
-def _recognise(source: Path, unet: Checkpoint) -> UNetArchitecture:
-    found = detect_unet(unet.shapes)
+def _recognise(folder: Path, part: Checkpoint) -> Recognised:
+    found = recognise(part.shapes)
     if found is None:
-        raise CheckpointError(f"{source / 'unet'} holds no UNet that is known")
-    if found.family not in _REQUIRED:
+        raise CheckpointError(f"{folder} holds no model that is known")
+    family = found.family
+    if family.single_file is None:
         raise CheckpointError(
-            f"{source} is a {found.title} model, whose single-file layout is not supported",
-            hint="Stable Diffusion 1.x and XL models can be converted",
+            f"{folder.parent} is a {family.title} model, whose single-file layout is not supported",
+            hint=CONVERTIBLE_HINT,
         )
-    if found.has_guidance_embedding:
+    if found.has_guidance_embedding and family.guidance is not None:
         raise CheckpointError(
-            f"{source / 'unet'}: {GUIDANCE_EMBEDDING}, the guidance embedding of a full LCM, "
+            f"{folder}: {family.guidance.key}, the guidance embedding of a full LCM, "
             "has no name in a single file",
             hint="merge it first with guidance_embedding: bake, or keep the folder",
         )
@@ -176,12 +176,8 @@ def _without_place(source: Path, parts: Mapping[str, Checkpoint]) -> dict[str, s
     return left_out
 
 
-def _notes(unet: UNetArchitecture, out: Path, source: Path) -> tuple[str, ...]:
-    xl = "XL" if unet.family == "sdxl" else ""
-    if unet.in_channels == EDIT_CHANNELS:
-        name = f"StableDiffusion{xl}InstructPix2PixPipeline"
-    else:
-        name = f"StableDiffusion{xl}Pipeline"
+def _notes(found: Recognised, out: Path, source: Path) -> tuple[str, ...]:
+    name = found.family.pipeline_class if found.is_edit else found.family.plain_class
     # Without `config` diffusers takes an 8-channel SDXL file for a plain one.
     # As they were given, so that the line works from where the command was typed.
     line = f"{name}.from_single_file({json.dumps(str(out))}, config={json.dumps(str(source))})"

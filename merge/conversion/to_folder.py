@@ -9,27 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.conversion.configs import (
-    Configs,
-)
+from merge.conversion.configs import Configs
 from merge.conversion.metadata import component_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
 from merge.conversion.single import read_single_file
 from merge.conversion.to_file import check_pickles
-from merge.layout import TensorCopy, write_tensor_copies
-from merge.layout.write import plan_header
-from merge.manifest import json_bytes
-from merge.portable import blank_file, describe_blank, is_config
-from merge.writer import OutputFolder, refuse_overlap
+from merge.disclosure.portable import blank_file, describe_blank, is_config
+from merge.family.registry import component_named
+from merge.json_files import json_bytes
+from merge.writer.copies.model import TensorCopy
+from merge.writer.copies.write import plan_header, write_tensor_copies
+from merge.writer.folder import OutputFolder
+from merge.writer.overlap import refuse_overlap
 
 # What tells a folder that a conversion wrote from one that must not be replaced.
 RECORD = "conversion.json"
-_WEIGHTS = {
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-    "text_encoder_2": "text_encoder_2/model.safetensors",
-}
 
 
 def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -> ConvertResult:
@@ -104,7 +98,9 @@ def _write_weights(
 ) -> dict[str, WrittenFile]:
     files = {}
     for component, copies in parts.items():
-        name = _WEIGHTS[component]
+        part = component_named(component)
+        assert part is not None
+        name = part.file_name
         path = output.place(name)
         size, sha256 = write_tensor_copies(path, copies, headers[component], on_bytes=count)
         files[name] = WrittenFile(size, sha256)

@@ -56,7 +56,7 @@ def make_conditions(
     if empty is not None:
         embeddings += [empty] * (len(texts) * (rows - 1))
     states = torch.stack([embedding.states for embedding in embeddings])
-    if not editor.is_xl:
+    if not editor.has_added_conditions:
         return Conditions(rows, states, image_latents, None, None)
     pooled = torch.stack([e.pooled for e in embeddings if e.pooled is not None])
     height, width = (side * editor.vae_scale_factor for side in image_latents.shape[2:])

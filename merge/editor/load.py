@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import warnings
@@ -16,10 +15,12 @@ import torch
 from merge.editor.settings import EditSettings, outside_range
 from merge.editor.whole import check_file, check_folder
 from merge.errors import CheckpointError, DeviceError, SourceNotFoundError
+from merge.family.model import Family
+from merge.family.registry import editing_families
+from merge.json_files import read_json
+from merge.records.folder import MANIFEST_NAME
 
 _LOG = logging.getLogger(__name__)
-_SD15 = "StableDiffusionInstructPix2PixPipeline"
-_SDXL = "StableDiffusionXLInstructPix2PixPipeline"
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -34,6 +35,7 @@ class Editor:
 
     Attributes:
         pipeline: The diffusers pipeline; only its components are used.
+        family: The first architecture that the pipeline edits with.
         folder: Where it was loaded from.
         device: Where the components are.
         is_compiled: True when the UNet is compiled by its first edit of each size.
@@ -41,15 +43,16 @@ class Editor:
     """
 
     pipeline: Any
+    family: Family
     folder: Path
     device: torch.device
     is_compiled: bool = False
     allows_tf32: bool = False
 
     @property
-    def is_xl(self) -> bool:
-        """Return True for SDXL."""
-        return type(self.pipeline).__name__ == _SDXL
+    def has_added_conditions(self) -> bool:
+        """Return True where the UNet also takes the pooled text and the sizes of pictures."""
+        return self.family.has_added_conditions
 
     @property
     def is_lcm(self) -> bool:
@@ -80,10 +83,7 @@ class Editor:
 
     def warnings_for(self, settings: EditSettings) -> list[str]:
         """Return a line for each setting outside the range that was found to work."""
-        lines = outside_range(
-            settings, is_xl=self.is_xl, default_resolution=self.default_resolution
-        )
-        return list(lines)
+        return list(outside_range(settings, self.family, self.default_resolution))
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was told, so that time can be taken."""
@@ -144,18 +144,18 @@ def load_editor(
         raise DeviceError(f"{dtype!r} is no dtype to edit in", hint=f"use {', '.join(_DTYPES)}")
     configs = _config_folder(folder, config)
     index = _read_index(configs)
-    class_name = _pipeline_class(configs, index)
+    family = _pipeline_family(configs, index)
     if folder.is_file():
         check_file(folder, configs)
     else:
         check_folder(folder, index)
-    pipeline = _load_pipeline(folder, configs, class_name, _DTYPES[dtype])
+    pipeline = _load_pipeline(folder, configs, family, _DTYPES[dtype])
     _check_channels(folder, pipeline)
-    if scheduler == "lcm" and not (configs / "merge_manifest.json").is_file():
+    if scheduler == "lcm" and not (configs / MANIFEST_NAME).is_file():
         _use_lcm(folder, pipeline)
     vae = pipeline.vae
-    if class_name == _SDXL and vae.dtype == torch.float16 and vae.config.force_upcast:
-        # SDXL's VAE overflows in float16; once here instead of twice in every edit.
+    if family.overflows_vae and vae.dtype == torch.float16 and vae.config.force_upcast:
+        # Once here instead of twice in every edit.
         vae.to(torch.float32)
     try:
         pipeline.to(where)
@@ -165,7 +165,7 @@ def load_editor(
             vae.to(memory_format=torch.channels_last)
         if compile_unet:
             compile_model(pipeline.unet, where)
-        return Editor(pipeline, folder, where, compile_unet, allow_tf32)
+        return Editor(pipeline, family, folder, where, compile_unet, allow_tf32)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{where} has too little memory for {folder}", hint="use --device cpu"
@@ -191,20 +191,16 @@ def _config_folder(checkpoint: Path, config: str | Path | None) -> Path:
     return Path(config)
 
 
-def _load_pipeline(folder: Path, configs: Path, class_name: str, dtype: torch.dtype) -> Any:
+def _load_pipeline(folder: Path, configs: Path, family: Family, dtype: torch.dtype) -> Any:
     import diffusers
 
     diffusers.logging.disable_progress_bar()
-    extra: dict[str, Any] = (
-        {"safety_checker": None, "requires_safety_checker": False}
-        if class_name == _SD15
-        else {"add_watermarker": False}
-    )
+    extra = dict(family.pipeline_options)
     try:
         with warnings.catch_warnings():
             # Of the libraries about one another, such as a scheduler's about numpy.
             warnings.simplefilter("ignore")
-            pipeline = getattr(diffusers, class_name)
+            pipeline = getattr(diffusers, family.pipeline_class)
             if folder.is_file():
                 # Without `config` an 8-channel SDXL file would be taken for a plain one.
                 return pipeline.from_single_file(
@@ -246,7 +242,7 @@ def _edit_device(name: str) -> torch.device:
         if not torch.backends.mps.is_available():
             raise DeviceError("there is no MPS device here", hint="use --device cpu")
         return torch.device("mps")
-    from merge.engine import choose_device
+    from merge.engine.device import choose_device
 
     return choose_device(name)
 
@@ -258,20 +254,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is no pipeline folder: it has no model_index.json",
             hint="an output of `instruct-merge run` with a whole pipeline as target is one",
         )
-    try:
-        tree = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{index} cannot be read: it is not a JSON object")
-    return tree
+    return read_json(index)
 
 
-def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> str:
-    name = index.get("_class_name")
-    if name not in (_SD15, _SDXL):
+def _pipeline_family(folder: Path, index: Mapping[str, Any]) -> Family:
+    name, known = index.get("_class_name"), editing_families()
+    if name not in known:
         raise CheckpointError(
             f"{folder} is a {name}, not an InstructPix2Pix pipeline",
-            hint=f"model_index.json must name {_SD15} or {_SDXL}",
+            hint=f"model_index.json must name {' or '.join(known)}",
         )
-    return str(name)
+    return known[str(name)]

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from merge.errors import ImageError
+from merge.family.model import Family
 
 MIN_RESOLUTION = 8  # pixels: one latent of the real models
 MAX_RESOLUTION = 8192
@@ -90,7 +91,7 @@ def check_seed(seed: int) -> None:
 
 
 def outside_range(
-    settings: EditSettings, *, is_xl: bool, default_resolution: int
+    settings: EditSettings, family: Family, default_resolution: int
 ) -> tuple[str, ...]:
     """Return a line for each setting outside the range that the merge was found to work in."""
     lines = []
@@ -103,8 +104,10 @@ def outside_range(
         )
     elif settings.image_guidance_scale != 1:
         lines.append("image_guidance_scale other than 1 was found to cause artifacts")
-    if is_xl and default_resolution == 768 and resolution != 768:
-        lines.append(f"SDXL edits at {resolution} px: only 768 was found to work")
+    best = family.resolution
+    if family.has_fixed_size and default_resolution == best != resolution:
+        name = family.name.upper()
+        lines.append(f"{name} edits at {resolution} px: only {best} was found to work")
     return tuple(lines)
 
 

@@ -35,7 +35,7 @@ def encode_texts(editor: Editor, texts: Sequence[str]) -> list[TextEmbedding]:
     side by side and the projected text of the second.
     """
     pipeline, dtype = editor.pipeline, editor.pipeline.unet.dtype
-    if not editor.is_xl:
+    if not editor.has_added_conditions:
         tokens = _tokenize(pipeline.tokenizer, pipeline.text_encoder, texts)
         mask = None
         if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
@@ -67,7 +67,7 @@ def empty_text(editor: Editor, like: TextEmbedding) -> TextEmbedding:
         editor: The checkpoint.
         like: Any of its embeddings.
     """
-    if editor.is_xl and editor.pipeline.config.force_zeros_for_empty_prompt:
+    if editor.has_added_conditions and editor.pipeline.config.force_zeros_for_empty_prompt:
         assert like.pooled is not None
         return TextEmbedding(torch.zeros_like(like.states), torch.zeros_like(like.pooled))
     return encode_texts(editor, [""])[0]
@@ -77,7 +77,7 @@ def warn_of_cuts(editor: Editor, text: str) -> None:
     """Say which end of an instruction the tokenizers leave out."""
     pipeline = editor.pipeline
     pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
-    if editor.is_xl:
+    if editor.has_added_conditions:
         pairs.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
     lost = []
     for tokenizer, encoder in pairs:

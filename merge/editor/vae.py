@@ -59,7 +59,7 @@ def _unscale(editor: Editor, latents: torch.Tensor) -> torch.Tensor:
     """Undo the scaling that the UNet works in; some of SDXL's VAEs also shift."""
     config = editor.pipeline.vae.config
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if not editor.is_xl or mean is None or deviation is None:
+    if not editor.has_added_conditions or mean is None or deviation is None:
         return latents.div(config.scaling_factor)
     means, deviations = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (mean, deviation))
     return (latents * deviations).div(config.scaling_factor) + means

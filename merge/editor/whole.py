@@ -5,17 +5,17 @@ diffusers draws a missing weight anew at every load and warns in its log alone; 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merge.conversion.single import read_single_file
 from merge.errors import CheckpointError, SourceError
-from merge.expected import fit_to_config
-from merge.intake import take_in
+from merge.family.expected.fit import fit_to_config
+from merge.json_files import read_json
 from merge.plan.compat import WHOLE_HINT
-from merge.reader import Checkpoint, read_checkpoint
+from merge.reader.checkpoint import Checkpoint, read_checkpoint
+from merge.reader.intake import take_in
 from merge.sources.select import has_weights, select_weights
 
 _NOT_LOADED = ("safety_checker",)
@@ -42,11 +42,9 @@ def check_folder(folder: Path, index: Mapping[str, Any]) -> None:
         if checkpoint is None or not config.is_file():
             continue
         try:
-            tree = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} does not load: {config}: {error}") from error
-        if not isinstance(tree, dict):
-            raise CheckpointError(f"{folder} does not load: {config} is not a JSON object")
+            tree = read_json(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} does not load: {error.message}") from error
         problems += _scaled(name, checkpoint)
         problems += fit_to_config(name, checkpoint.shapes, tree, entry[1]).problems
     if problems:

@@ -15,7 +15,7 @@ import torch
 
 from merge.header import DTYPE_BITS
 from merge.plan.model import TensorRef
-from merge.reader import FileReader
+from merge.reader.checkpoint import FileReader
 
 TORCH_DTYPES = {
     "F16": torch.float16,

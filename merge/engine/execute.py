@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
+from merge.background.workers import Workers
 from merge.engine.device import device_errors
 from merge.engine.lane import Lane, OutOfRangeError
 from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge.plan.model import ComponentPlan, MergePlan
-from merge.reader import FileReader
+from merge.reader.checkpoint import FileReader
 from merge.recipe.schema import Recipe
-from merge.workers import Workers
-from merge.writer import TensorFileWriter
+from merge.writer.tensors import TensorSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def execute_plan(
     plan: MergePlan,
     component: ComponentPlan,
     recipe: Recipe,
-    writer: TensorFileWriter,
+    writer: TensorSink,
     *,
     device: torch.device,
     threads: int,

@@ -19,11 +19,11 @@ from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
 from merge.header import DTYPE_BITS, DTYPE_WORDS
-from merge.methods import METHODS
+from merge.methods.table import METHODS
 from merge.plan.memory import PRODUCT_ELEMENTS, block_elements
 from merge.plan.model import ComponentPlan, MergePlan, TensorPlan, TensorRef
-from merge.reader import FileReader
-from merge.writer import TensorFileWriter
+from merge.reader.checkpoint import FileReader
+from merge.writer.tensors import TensorSink
 
 # The smallest float32 magnitude that rounds to infinity: half a step above the largest value.
 _OVERFLOW = {"F16": 65520.0, "BF16": 3.3961775292304957e38, "F32": math.inf}
@@ -38,7 +38,7 @@ class Lane:
         plan: MergePlan,
         component: ComponentPlan,
         readers: Sequence[FileReader],
-        writer: TensorFileWriter,
+        writer: TensorSink,
         device: torch.device,
         plain_block: int,
         on_overflow: str,

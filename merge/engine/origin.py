@@ -11,7 +11,7 @@ import torch
 
 from merge.engine.buffers import TORCH_DTYPES, Buffers
 from merge.plan.model import DeltaTerm, MergePlan, TensorPlan
-from merge.reader import FileReader
+from merge.reader.checkpoint import FileReader
 
 # 64 pieces of 65,536 values: at most 48 MiB of three float32 models, and one piece at a time.
 _TENSORS = 64

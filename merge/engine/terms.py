@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from merge.bake import bake_bias, guidance_embedding
+from merge.engine.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
 from merge.engine.settle import Factored, settle
-from merge.lora import delta_rows, dora_delta_columns, dora_delta_rows, row_steps
-from merge.methods import METHODS, add_difference
+from merge.lora.delta import delta_rows, dora_delta_columns, dora_delta_rows, row_steps
+from merge.methods.add_difference import add_difference
+from merge.methods.table import METHODS
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
 from merge.plan.terms import round_weight
 

@@ -8,9 +8,9 @@ import torch
 
 from merge.engine.buffers import make_buffers
 from merge.engine.terms import TermAdder
-from merge.plan import MergePlan, TensorPlan
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS, block_elements
-from merge.reader import FileReader
+from merge.plan.model import MergePlan, TensorPlan
+from merge.reader.checkpoint import FileReader
 
 
 class DeltaReader:

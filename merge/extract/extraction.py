@@ -12,8 +12,8 @@ from typing import IO
 
 import torch
 
-from merge.engine import choose_device, device_errors
 from merge.engine.buffers import TORCH_DTYPES
+from merge.engine.device import choose_device, device_errors
 from merge.errors import (
     EngineError,
     NonFiniteError,
@@ -26,12 +26,14 @@ from merge.extract.factor import check_target, factor_delta, residual, squared_n
 from merge.extract.model import ExtractedLayer, ExtractResult, LeftOutDelta
 from merge.extract.names import FORMS, factor_names, module_name, reason_against
 from merge.header import DTYPE_CODES, encode_header
-from merge.plan import MergePlan, TensorPlan, build_plan
-from merge.reader import FileReader
-from merge.recipe import Recipe
-from merge.sources import resolve_sources
-from merge.writer import OutputFile, TensorFileWriter, refuse_overlap
-from merge.writer.tensors import write_error
+from merge.plan.build import build_plan
+from merge.plan.model import MergePlan, TensorPlan
+from merge.reader.checkpoint import FileReader
+from merge.recipe.schema import Recipe
+from merge.sources.resolve import resolve_sources
+from merge.writer.file import OutputFile
+from merge.writer.overlap import refuse_overlap
+from merge.writer.tensors import TensorFileWriter, write_error
 
 DEFAULT_RANK = 64
 DEFAULT_MAX_RANK = 512
@@ -120,7 +122,14 @@ def extract_lora(
         # Of the spool: every other file has errors of its own.
         raise write_error(out, error) from error
     return ExtractResult(
-        out, form, dtype, size, tuple(job.layers), tuple(job.left_out), tuple(job.unchanged)
+        out,
+        form,
+        dtype,
+        size,
+        tuple(job.layers),
+        tuple(job.left_out),
+        tuple(job.unchanged),
+        tuple(plan.family.blocks.sort({layer.block for layer in job.layers if layer.block})),
     )
 
 
@@ -148,9 +157,6 @@ class _Extraction:
         # Small where the ranks are not known, since factors that shrink lose bits in float16.
         self._alpha = float(rank or 1)
         self._max_rank = max_rank
-        self._has_two = any(part.name == "text_encoder_2" for part in plan.components) or (
-            plan.architecture == "sdxl"
-        )
         self._spooled: dict[str, tuple[int, tuple[int, ...]]] = {}
         self.layers: list[ExtractedLayer] = []
         self.left_out: list[LeftOutDelta] = []
@@ -199,7 +205,7 @@ class _Extraction:
                 f"{tensor.key}: its delta has values that are NaN or infinite",
                 hint="the base or the distilled model is damaged; use another one",
             )
-        reason = reason_against(tensor)
+        reason = reason_against(tensor, self._plan.family)
         if reason:
             self.left_out.append(LeftOutDelta(tensor.key, tensor.component, reason, squared))
             return
@@ -239,7 +245,7 @@ class _Extraction:
 
     def _store(self, tensor: TensorPlan, up: torch.Tensor, down: torch.Tensor) -> None:
         """Put the factors of a layer into the spool, convolutions with their kernel below."""
-        module = module_name(tensor, self._form, has_two_encoders=self._has_two)
+        module = module_name(tensor, self._form, self._plan.family)
         names = factor_names(module, self._form)
         rank = up.shape[1]
         inner = tensor.target.shape[1:]

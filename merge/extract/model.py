@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge.keymap import block_order
-
 
 @dataclass(frozen=True, slots=True)
 class ExtractedLayer:
@@ -16,7 +14,7 @@ class ExtractedLayer:
 
     Attributes:
         key: The weight's name.
-        component: `unet`, `text_encoder` or `text_encoder_2`.
+        component: Whose weight it is.
         block: A1111's name of its block; empty where there is none.
         rank: Of its factors.
         squared_norm: Of the delta.
@@ -83,6 +81,7 @@ class ExtractResult:
         layers: In the order of the plan.
         left_out: What the LoRA lacks.
         unchanged: Keys whose delta is zero; nothing is stored for them.
+        block_names: Of the layers, as data flows.
     """
 
     path: Path
@@ -92,6 +91,7 @@ class ExtractResult:
     layers: tuple[ExtractedLayer, ...]
     left_out: tuple[LeftOutDelta, ...]
     unchanged: tuple[str, ...]
+    block_names: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> tuple[BlockError, ...]:
@@ -99,9 +99,8 @@ class ExtractResult:
         groups: dict[str, list[ExtractedLayer]] = {}
         for layer in self.layers:
             groups.setdefault(layer.block or layer.component, []).append(layer)
-        named = {layer.block for layer in self.layers if layer.block}
-        others = [name for name in groups if name not in named]
-        return tuple(_summary(name, groups[name]) for name in (*block_order(named), *others))
+        others = [name for name in groups if name not in self.block_names]
+        return tuple(_summary(name, groups[name]) for name in (*self.block_names, *others))
 
     @property
     def total(self) -> BlockError:

@@ -7,43 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from merge.plan import TensorPlan
+from merge.family.model import Family
+from merge.plan.model import TensorPlan
 
 FORMS = ("kohya", "peft")
-_KOHYA = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_"}
-_TEXT_MODEL = "text_model."
 
 
-def reason_against(tensor: TensorPlan) -> str:
+def reason_against(tensor: TensorPlan, family: Family) -> str:
     """Return why a LoRA cannot hold the delta of a tensor; empty when it can."""
     rank = len(tensor.target.shape)
     if tensor.bakes:
         return "a baked guidance embedding changes a bias, and a LoRA has only matrices"
     if not tensor.key.endswith(".weight"):
         return "a LoRA changes weights only, no biases"
-    if "_embedding." in tensor.key and tensor.component != "unet":
+    if "_embedding." in tensor.key and tensor.component != family.main.name:
         return "an embedding table is no linear layer"
     if rank not in (2, 4):
         return f"a vector has no factors (shape {list(tensor.target.shape)})"
     return ""
 
 
-def module_name(tensor: TensorPlan, form: str, *, has_two_encoders: bool) -> str:
+def module_name(tensor: TensorPlan, form: str, family: Family) -> str:
     """Return what the module of a weight is called.
 
     Args:
         tensor: The weight.
         form: `kohya` or `peft`.
-        has_two_encoders: True for SDXL, whose first encoder is `lora_te1_`.
+        family: Its architecture.
     """
     path = tensor.key.removesuffix(".weight")
     if form == "peft":
         return f"{tensor.component}.{path}"
-    if tensor.component != "unet" and not path.startswith((_TEXT_MODEL, "text_projection")):
-        # Newer transformers leave it out of their keys, and every reader of this form expects it.
-        path = _TEXT_MODEL + path
-    first = "lora_te1_" if has_two_encoders else "lora_te_"
-    return _KOHYA.get(tensor.component, first) + path.replace(".", "_")
+    part = family.component(tensor.component)
+    assert part is not None
+    assert part.loras is not None
+    # Newer transformers leave a part of it out, and every reader of this form expects all of it.
+    path = part.loras.paths([tensor.key])[tensor.key][-1] if part.inner else path
+    return part.loras.flat[0] + path.replace(".", "_")
 
 
 def factor_names(module: str, form: str) -> Mapping[str, str]:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge.family.model import Family
 from merge.header import element_count
-from merge.keymap import CONV_IN
 from merge.lora.forms import Product, product_of
 from merge.lora.metadata import ComponentConfig, read_config
 from merge.lora.module import AdapterModule, AdapterTable
-from merge.lora.names import TEXT_MODEL, UNET, Place, Spellings, owner, simplified, spell
+from merge.lora.names import Place, Spellings, owner, simplified, spell
 from merge.lora.roles import ALPHA, DIFF, DIFF_BIAS, MAGNITUDE, split_role
 
 Shape = tuple[int, ...]
@@ -37,6 +37,7 @@ def parse_adapters(
     shapes: Shapes,
     metadata: Mapping[str, str],
     targets: Mapping[str, Shapes],
+    family: Family,
     config: Mapping[str, Any] | None = None,
 ) -> AdapterTable:
     """Match every key of a LoRA file with a weight of the target.
@@ -44,7 +45,8 @@ def parse_adapters(
     Args:
         shapes: The file's keys and shapes.
         metadata: The file's `__metadata__`; diffusers keeps alphas there.
-        targets: Component, e.g. `unet`, to its keys and shapes.
+        targets: Component to its keys and shapes.
+        family: The target's architecture.
         config: Parsed `adapter_config.json` of peft, if the LoRA has one.
 
     Returns:
@@ -57,7 +59,7 @@ def parse_adapters(
         problems.append(str(error))
         configs = read_config({}, targets)
     groups = _group(shapes, problems)
-    builder = _Builder(shapes, targets, spell(targets), configs)
+    builder = _Builder(shapes, targets, family, spell(family, targets), configs)
     modules: dict[Place, AdapterModule] = {}
     stems: dict[Place, str] = {}
     for stem, parts in groups.items():
@@ -77,12 +79,12 @@ def parse_adapters(
             modules[place] = module
             stems[place] = stem
     for component, stated in configs.items():
-        paths = [_path(name, key) for name, key in modules if name == component]
+        paths = [builder.path(name, key) for name, key in modules if name == component]
         problems += [
             f"{stated.source}: alpha_pattern {pattern!r} fits no module"
-            # A pattern without a component's name is for the UNet, if it is there at all.
+            # A pattern without a component's name is for the main one, if it is there at all.
             for pattern in stated.unused_patterns(paths)
-            if paths or component == UNET
+            if paths or component == family.main.name
         ]
     source = next((stated.source for stated in configs.values() if stated.alpha is not None), "")
     return AdapterTable(tuple(modules[place] for place in sorted(modules)), tuple(problems), source)
@@ -109,6 +111,7 @@ def _group(shapes: Shapes, problems: list[str]) -> dict[str, _Parts]:
 class _Builder:
     shapes: Shapes
     targets: Mapping[str, Shapes]
+    family: Family
     spellings: Spellings
     configs: Mapping[str, ComponentConfig]
 
@@ -153,7 +156,7 @@ class _Builder:
             )
         self._fit(stem, component, key, product)
         rows, columns = product.shape[0], element_count(product.shape[1:])
-        config, path = self.configs[component], _path(component, key)
+        config, path = self.configs[component], self.path(component, key)
         by_input = False
         if magnitude is not None:
             by_input = self._check_magnitude(magnitude, rows, self.targets[component][key])
@@ -185,8 +188,14 @@ class _Builder:
             () if counts or alpha_key is None else (alpha_key,),
         )
 
+    def path(self, component: str, key: str) -> str:
+        """Return a module's whole path; a pattern names its end."""
+        part = self.family.component(component)
+        inner = part.inner if part is not None else ""
+        return inner + key.removesuffix(".weight").removeprefix(inner)
+
     def _place(self, stem: str) -> Place:
-        for name in (stem, simplified(stem)):
+        for name in (stem, simplified(self.family, stem)):
             if name in self.spellings.ambiguous:
                 (_, first), (_, second) = self.spellings.ambiguous[name]
                 raise ValueError(
@@ -195,7 +204,7 @@ class _Builder:
             place = self.spellings.places.get(name)
             if place is not None:
                 return place
-        component = owner(stem)
+        component = owner(self.family, stem)
         if component not in self.targets:
             raise ValueError(
                 f"{stem}: it belongs to {component}, and the target given here has none "
@@ -223,7 +232,7 @@ class _Builder:
             if is_hidden and columns == row:
                 return
             shows_kernel = shape[2:] == weight[2:]
-            is_narrow = (component, key) == (UNET, CONV_IN) and columns < row
+            is_narrow = self.family.is_widened(component, key) and columns < row
             is_narrow &= shows_kernel or (is_hidden and columns % kernel == 0)
             if is_narrow:
                 return
@@ -256,12 +265,6 @@ class _Builder:
 
 def _bare(role: str) -> str:
     return role.removeprefix("hada_").removeprefix("lokr_")
-
-
-def _path(component: str, key: str) -> str:
-    """Return a module's whole path; a pattern names its end."""
-    path = key.removesuffix(".weight")
-    return path if component == UNET else TEXT_MODEL + path.removeprefix(TEXT_MODEL)
 
 
 def _squeezed(shape: Shape) -> Shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 ALPHA, MAGNITUDE = "alpha", "magnitude"
 # Whole differences of a weight, and of the bias beside it.
@@ -99,6 +99,17 @@ def has_magnitudes(names: Iterable[str]) -> bool:
     """Return True when some of the keys are DoRA's norms."""
     endings = tuple(suffix for suffix, role in _ROLES.items() if role == MAGNITUDE)
     return any(name.endswith(endings) or ".lora_magnitude_vector." in name for name in names)
+
+
+def down_factors(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name of each module that is known and the shape of its `down`."""
+    for name, shape in shapes.items():
+        try:
+            stem, role = split_role(name)
+        except ValueError:
+            continue
+        if role == "down":
+            yield stem, shape
 
 
 def split_role(name: str) -> tuple[str, str]:

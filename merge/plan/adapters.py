@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
 from merge.header import TensorSpec
-from merge.lora import AdapterModule, AdapterTable, parse_adapters
-from merge.plan.inputs import qualified
+from merge.lora.module import AdapterModule, AdapterTable
+from merge.lora.parse import parse_adapters
 from merge.plan.model import LeftOut
 from merge.plan.opening import Opened, OpenedSources
 from merge.plan.patterns import match_exclude
-from merge.reader import prefetch_scalars, read_scalar
+from merge.reader.checkpoint import prefetch_scalars, read_scalar
 from merge.recipe.schema import Recipe
 
 # Component and key.
@@ -33,7 +33,8 @@ class AdapterReader:
     """Matches LoRAs with the target's components.
 
     Attributes:
-        recipe: For its components and exclusions.
+        recipe: For its exclusions.
+        components: That the recipe merges.
         sources: For the target's keys.
         problems: One line for each key that cannot be applied; filled by `read`.
         notes: What a user should know; filled by `read`.
@@ -42,6 +43,7 @@ class AdapterReader:
     """
 
     recipe: Recipe
+    components: tuple[str, ...]
     sources: OpenedSources
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -92,7 +94,8 @@ class AdapterReader:
         checkpoint, targets = opened.checkpoint, self._targets()
         config = opened.model.adapter_config
         shapes = checkpoint.shapes
-        table = parse_adapters(shapes, checkpoint.metadata, targets, config)
+        family = self.sources.family
+        table = parse_adapters(shapes, checkpoint.metadata, targets, family, config)
         used = {name for module in table.modules for name in module.names}
         excluded = {
             name: pattern
@@ -107,11 +110,12 @@ class AdapterReader:
             for name, pattern in sorted(excluded.items())
         ]
         rest = {name: shape for name, shape in shapes.items() if name not in excluded}
-        return parse_adapters(rest, checkpoint.metadata, targets, config)
+        return parse_adapters(rest, checkpoint.metadata, targets, family, config)
 
     def _check_idle(self, opened: Opened, used: set[str], effective: set[str]) -> None:
         """Refuse patterns that name keys of modules, where only weights can be excluded."""
-        weights = {qualified(name, key) for name, keys in self._targets().items() for key in keys}
+        targets, qualified = self._targets().items(), self.sources.family.qualified
+        weights = {qualified(name, key) for name, keys in targets for key in keys}
         for pattern in self.recipe.exclude:
             if pattern in effective or any(match_exclude(key, [pattern]) for key in weights):
                 continue
@@ -122,9 +126,7 @@ class AdapterReader:
                 )
 
     def _targets(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        target = self.sources.target
-        parts = {"unet": target.checkpoint, **target.text}
-        return {name: checkpoint.shapes for name, checkpoint in parts.items()}
+        return {name: part.shapes for name, part in self.sources.target.parts.items()}
 
     def _prefetch_alphas(self, opened: Opened, table: AdapterTable) -> None:
         specs: dict[int, list[TensorSpec]] = {}
@@ -149,12 +151,12 @@ class AdapterReader:
         """Refuse modules of components that the recipe does not merge."""
         counts: dict[str, int] = {}
         for component, key in adapters:
-            if component not in self.recipe.components and not match_exclude(
+            if component not in self.components and not match_exclude(
                 f"{component}.{key}", self.recipe.exclude
             ):
                 counts[component] = counts.get(component, 0) + 1
         for component, count in sorted(counts.items()):
-            merged = ", ".join([*self.recipe.components, component])
+            merged = ", ".join([*self.components, component])
             self.problems.append(
                 f"{label}: {count} of its modules belong to {component}, which is not merged "
                 f"(components=[{merged}] merges it, exclude=['{component}.*'] leaves them out)"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from merge.errors import PlanError
+from merge.family.model import Family
+from merge.family.modelspec import modelspec
 from merge.header import encode_header
-from merge.layout import TensorCopy
-from merge.methods import METHODS
-from merge.modelspec import modelspec
+from merge.methods.table import METHODS
 from merge.plan.compat import describe_roles, open_sources
 from merge.plan.copied import read_copied
 from merge.plan.model import (
@@ -21,15 +21,8 @@ from merge.plan.model import (
 from merge.plan.opening import OpenedSources
 from merge.plan.rows import RowBuilder
 from merge.recipe.schema import Recipe
-from merge.sources import Sources
-
-WEIGHT_FILES = {
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-    "text_encoder_2": "text_encoder_2/model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-}
-_SINGLE_FILE_FAMILIES = ("sd15", "sdxl")
+from merge.sources.model import Sources
+from merge.writer.copies.model import TensorCopy
 
 
 def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
@@ -55,13 +48,13 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
             problems,
             hint="a key that may stay as it is in the target can be listed under `exclude`",
         )
-    assert opened.target.unet is not None
+    family = opened.family
     components = tuple(
-        _component(name, rows, _metadata(recipe, opened, name))
+        _component(family, name, rows, _metadata(recipe, opened, name))
         for name, rows in builder.by_component().items()
     )
     copied = read_copied(opened.target, [part.name for part in components])
-    relaid = {WEIGHT_FILES[name]: copies for name, copies in opened.target.relaid.items()}
+    relaid = {_file_name(family, name): copies for name, copies in opened.target.relaid.items()}
     relaid |= copied.relaid
     copy_bytes = _copy_bytes(sources, components, relaid) + _relaid_bytes(relaid)
     merged_bytes = sum(part.out_header.file_bytes for part in components)
@@ -69,9 +62,10 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         recipe=recipe.name,
         method=recipe.method,
         params=METHODS[recipe.method].fill(recipe.params),
-        architecture=opened.target.unet.family,
+        family=family,
         files=tuple(builder.inputs.files),
         components=components,
+        merged=builder.components,
         left_out=(*builder.left_out, *copied.left_out),
         notes=(*describe_roles(opened), *builder.notes),
         warnings=(*_warnings(opened), *copied.warnings, *builder.warnings),
@@ -85,23 +79,32 @@ def _warnings(opened: OpenedSources) -> list[str]:
     return [f"{model.title}: {line}" for model in opened.models for line in model.warnings]
 
 
-def _component(name: str, rows: list[TensorPlan], metadata: Mapping[str, str]) -> ComponentPlan:
+def _file_name(family: Family, component: str) -> str:
+    """Return the place of a component's weights in an export."""
+    part = family.component(component)
+    assert part is not None
+    return part.file_name
+
+
+def _component(
+    family: Family, name: str, rows: list[TensorPlan], metadata: Mapping[str, str]
+) -> ComponentPlan:
     layout = {row.key: (row.dtype_out, row.target.shape) for row in rows}
     _, header = encode_header(layout, metadata)
     by_key = {row.key: row for row in rows}
     tensors = tuple(by_key[spec.name] for spec in header.tensors)
-    return ComponentPlan(name, WEIGHT_FILES[name], tensors, header, metadata)
+    return ComponentPlan(name, _file_name(family, name), tensors, header, metadata)
 
 
 def _check_output(recipe: Recipe, opened: OpenedSources) -> list[str]:
-    unet = opened.target.unet
-    if not recipe.output.single_file or unet is None:
+    family = opened.family
+    if not recipe.output.single_file:
         return []
     if opened.target.model.pipeline is None:
-        what = "the target is only a UNet, and a single file needs a VAE and text encoders too"
-        return [f"output.single_file: {what}"]
-    if unet.family not in _SINGLE_FILE_FAMILIES:
-        return [f"output.single_file: {unet.title} has no single-file form here"]
+        what = f"the target is only a {family.main.title}, and a single file needs a VAE and text "
+        return [f"output.single_file: {what}encoders too"]
+    if family.single_file is None:
+        return [f"output.single_file: {family.title} has no single-file form here"]
     return []
 
 
@@ -127,15 +130,14 @@ def _relaid_bytes(relaid: Mapping[str, Sequence[TensorCopy]]) -> int:
 
 def _metadata(recipe: Recipe, opened: OpenedSources, component: str) -> dict[str, str]:
     """Return the strings of an output's header."""
-    assert opened.target.unet is not None
     common = {"format": "pt", DIGEST_KEY: DIGEST_PLACEHOLDER}
-    if component != "unet":
+    if component != opened.family.main.name:
         return common
     size = recipe.verify.resolution
     return {
         **common,
         **modelspec(
-            opened.target.unet.family,
+            opened.family,
             is_edit=True,
             implementation="diffusers",
             title=recipe.name,

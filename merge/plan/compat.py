@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from merge.errors import CheckpointError, PlanError
-from merge.kinds import EDM, foreign_kind, is_controlnet
-from merge.lora import foreign_family, has_magnitudes, is_lora
+from merge.family.foreign import foreign_lora
+from merge.family.registry import FAMILIES
+from merge.lora.roles import down_factors, has_magnitudes, is_lora
 from merge.plan.opening import Opened, OpenedSources, open_models
-from merge.sources import Sources
+from merge.reader.kinds.foreign import foreign_kind, is_controlnet
+from merge.reader.kinds.prediction import EDM
+from merge.sources.model import Sources
 
-# Components that a single file holds beside the UNet.
-_IN_SINGLE_FILES = ("vae", "text_encoder", "text_encoder_2")
 WHOLE_HINT = (
     "loaders draw a missing weight anew every time, so that no two edits agree; take a whole "
     "file, or the configs that belong to this one"
@@ -52,6 +53,9 @@ def open_sources(
 
 def _check_kinds(sources: OpenedSources) -> list[str]:
     problems = []
+    found = sources.target.found
+    family = found.family if found is not None else FAMILIES[-1]
+    main = family.main.title
     for opened in sources.models:
         names = opened.checkpoint.tensors
         if opened.prediction.kind == EDM:
@@ -59,60 +63,62 @@ def _check_kinds(sources: OpenedSources) -> list[str]:
                 f"{opened.title} is {opened.prediction.title}; the delta of an epsilon model means "
                 "something else there"
             )
-        elif opened.unet is not None and not is_controlnet(names):
+        elif opened.found is not None and not is_controlnet(names):
             continue
         elif kind := foreign_kind(opened.checkpoint.shapes):
-            problems.append(f"{opened.title} is no UNet and no LoRA: it is {kind}")
+            problems.append(f"{opened.title} is no {main} and no LoRA: it is {kind}")
         elif not is_lora(names):
             shown = ", ".join(sorted(names)[:3]) or "no tensors"
             problems.append(
-                f"{opened.role} ({opened.model.label}) is no UNet with diffusers keys: it has no "
-                f"conv_in.weight of rank 4 (it has {shown})"
+                f"{opened.title} is no {main} with diffusers keys: it has no {family.sign} "
+                f"(it has {shown})"
             )
         elif opened.role in ("target", "base"):
-            problems.append(
-                f"{opened.role} ({opened.model.label}) is a LoRA, and must be a whole UNet"
-            )
+            problems.append(f"{opened.title} is a LoRA, and must be a whole {main}")
     return problems
 
 
 def _check_roles(sources: OpenedSources) -> list[str]:
     problems = []
-    full = [opened for opened in sources.distilled if opened.unet is not None]
-    if full and sources.base is None:
-        problems.append(
-            f"{full[0].role} ({full[0].model.label}) is a full UNet: name the model that it was "
-            "distilled from as models.base"
-        )
+    for opened in sources.distilled:
+        if opened.found is not None and sources.base is None:
+            problems.append(
+                f"{opened.title} is a full {opened.found.family.main.title}: name the model that "
+                "it was distilled from as models.base"
+            )
+            break
     are_adapters = all(opened.is_lora for opened in sources.distilled)
     if are_adapters and sources.base is not None and not any(map(_is_dora, sources.distilled)):
         problems.append(
             "every distilled model is a LoRA, which needs no base: set models.base=null"
         )
     target = sources.target
-    problems += _check_single_file(target)
-    if target.unet is not None:
-        channels = target.unet.in_channels
-        if channels != 8:
-            problems.append(
-                f"target ({target.model.label}) has {channels} input channels; an InstructPix2Pix "
-                "UNet has 8 (are target and base swapped?)"
-            )
-        declared = (target.model.config or {}).get("in_channels")
-        is_whole = target.model.pipeline is not None
-        if is_whole and declared is not None and declared != channels:
-            problems.append(
-                f"target ({target.model.label}): its config says in_channels {declared}, its "
-                f"conv_in.weight has {channels}"
-            )
-    return problems
+    return [*problems, *_check_single_file(target), *_check_channels(target)]
+
+
+def _check_channels(target: Opened) -> Iterator[str]:
+    """Compare a target's input channels with those of an editor, and with its config."""
+    if target.found is None or (widening := target.found.family.widening) is None:
+        return
+    channels, title = target.found.in_channels, target.found.family.main.title
+    if channels != widening.edit_channels:
+        yield (
+            f"{target.title} has {channels} input channels; an InstructPix2Pix {title} has "
+            f"{widening.edit_channels} (are target and base swapped?)"
+        )
+    declared = (target.model.config or {}).get("in_channels")
+    if target.model.pipeline is not None and declared not in (None, channels):
+        yield (
+            f"{target.title}: its config says in_channels {declared}, its {widening.key} has "
+            f"{channels}"
+        )
 
 
 def _check_single_file(target: Opened) -> list[str]:
     """Compare what a target's single file holds with the pipeline that its config describes."""
-    label = f"target ({target.model.label})"
-    if not target.relaid:
+    if not target.relaid or target.found is None:
         return []
+    label = target.title
     if target.model.pipeline is None:
         what = "is a whole single file, which holds no tokenizers and configs"
         return [f"{label} {what}: name a pipeline that has them as models.target.config"]
@@ -121,7 +127,7 @@ def _check_single_file(target: Opened) -> list[str]:
     return [
         *(
             f"{label} has no {name}, and its config ({where}) describes one"
-            for name in _IN_SINGLE_FILES
+            for name in (part.name for part in target.found.family.components)
             if name in described and name not in target.relaid
         ),
         *(
@@ -138,21 +144,22 @@ def _is_dora(opened: Opened) -> bool:
 
 
 def _check_families(sources: OpenedSources) -> list[str]:
-    target = sources.target.unet
+    target, shapes = sources.target.found, sources.target.checkpoint.shapes
     if target is None:
         return []
     problems = []
     for opened in sources.models[1:]:
-        unet = opened.unet
+        other = opened.found
         if opened.is_lora:
-            line = foreign_family(opened.checkpoint.shapes, sources.target.checkpoint.shapes)
+            theirs = opened.checkpoint.shapes
+            line = foreign_lora(theirs, down_factors(theirs), shapes, target.family)
             problems += [f"{opened.title}: {line}"] if line else []
-        if unet is None or unet.family == target.family:
+        if other is None or other.family == target.family:
             continue
         problems.append(
-            f"{opened.role} ({opened.model.label}) is {unet.title} (cross-attention width "
-            f"{unet.context}) and the target is {target.title} ({target.context}): a delta fits "
-            "only the architecture it was made for"
+            f"{opened.title} is {other.family.title} (cross-attention width {other.context}) and "
+            f"the target is {target.family.title} ({target.context}): a delta fits only the "
+            "architecture it was made for"
         )
     return problems
 
@@ -172,7 +179,7 @@ def _check_predictions(sources: OpenedSources, prediction_type: str) -> list[str
             continue
         name = str(scheduler.get("_class_name", ""))
         predicts = scheduler.get("prediction_type", "epsilon")
-        label = f"{opened.role} ({opened.model.label})"
+        label = opened.title
         if name.startswith("EDM"):
             problems.append(
                 f"{label} is no {prediction_type} model: its scheduler is {name}; "
@@ -192,7 +199,9 @@ def describe_roles(sources: OpenedSources) -> Sequence[str]:
     notes = []
     target = sources.target
     if target.model.pipeline is None:
+        title = sources.family.main.title
         notes.append(
-            "the target is only a UNet: the output is a UNet folder, and no edit can prove it"
+            f"the target is only a {title}: the output is a {title} folder, and no edit can "
+            "prove it"
         )
     return notes

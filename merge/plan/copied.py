@@ -6,14 +6,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
-from merge.intake import Intake
-from merge.layout import TensorCopy, copies_of, fit_copies
 from merge.plan.compat import WHOLE_HINT
 from merge.plan.model import LeftOut
 from merge.plan.opening import Opened, left_out_of, read_weights
-from merge.reader import Checkpoint
-from merge.sources import ComponentFiles
+from merge.reader.checkpoint import Checkpoint
+from merge.reader.intake import Intake
+from merge.sources.model import ComponentFiles
 from merge.sources.select import converted_name
+from merge.writer.copies.fit import fit_copies
+from merge.writer.copies.model import TensorCopy, copies_of
 
 
 @dataclass
@@ -49,7 +50,7 @@ def read_copied(target: Opened, merged: Collection[str]) -> Copied:
     for part in model.pipeline.components if model.pipeline is not None else ():
         if not part.weights or part.name in merged:
             continue
-        known = target.text.get(part.name)
+        known = target.parts.get(part.name)
         intake = Intake(known) if known is not None else read_weights(model, part.weights)
         copies, fit = fit_copies(
             part.name, copies_of(intake.checkpoint), part.config, part.class_name

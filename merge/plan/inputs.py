@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from merge.header import DTYPE_WORDS, TensorSpec
-from merge.kinds import FLOAT8
-from merge.lora import is_lora
 from merge.plan.model import PlanFile, TensorRef
 from merge.plan.opening import Opened, OpenedSources
-from merge.reader import Checkpoint
-from merge.recipe.schema import Recipe
+from merge.reader.checkpoint import Checkpoint
+from merge.reader.kinds.quantized import FLOAT8
 
 FLOATS = ("F16", "BF16", "F32", *FLOAT8)
 
@@ -22,12 +20,12 @@ class Inputs:
     """Every model of a recipe, as files with numbers and tensors with places.
 
     Attributes:
-        recipe: For the components that it merges.
+        components: That the recipe merges.
         sources: The models with their headers read.
         files: Inputs whose tensors are read; a `TensorRef` names one by its index.
     """
 
-    recipe: Recipe
+    components: tuple[str, ...]
     sources: OpenedSources
     files: list[PlanFile] = field(default_factory=list)
     _offsets: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -37,26 +35,21 @@ class Inputs:
             self._add_files(opened)
 
     def written(self) -> Iterator[tuple[str, Checkpoint]]:
-        """Yield the target's components whose files we write: the UNet's, and what is merged."""
-        for name in dict.fromkeys(("unet", *self.recipe.components)):
-            checkpoint = self.sources.target.component(name)
-            if checkpoint is not None:
-                yield name, checkpoint
+        """Yield the target's components whose files we write: the main one, and what is merged."""
+        parts = self.sources.target.parts
+        for name in dict.fromkeys((self.sources.family.main.name, *self.components)):
+            if name in parts:
+                yield name, parts[name]
 
     def parts(self, opened: Opened) -> Iterator[tuple[str, Checkpoint]]:
         """Yield the components of a model that the recipe merges; a LoRA is one without a name."""
-        if is_lora(opened.checkpoint.tensors):
-            yield "", opened.checkpoint
-            return
-        for name in self.recipe.components:
-            checkpoint = opened.component(name)
-            if checkpoint is not None:
-                yield name, checkpoint
+        for name, part in opened.parts.items():
+            if name in ("", *self.components):
+                yield name, part
 
     def ref(self, opened: Opened, component: str, key: str) -> TensorRef:
-        """Return where a tensor of a component, or of a LoRA (`unet`), is."""
-        checkpoint = opened.component(component)
-        assert checkpoint is not None
+        """Return where a tensor of a component, or of a LoRA, is."""
+        checkpoint = opened.parts[component]
         offset = self._offsets[opened.role, component]
         scale = None
         if key in checkpoint.scales:
@@ -65,24 +58,21 @@ class Inputs:
 
     def spelling(self, opened: Opened, component: str, key: str) -> str | None:
         """Return a key as a model spells it: text encoders come with and without `text_model.`."""
-        checkpoint = opened.component(component)
+        checkpoint = opened.parts.get(component)
         if checkpoint is None or key in checkpoint.tensors:
             return None if checkpoint is None else key
-        if component == "unet":
-            return None
-        prefix = "text_model."
-        other = key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
+        part = self.sources.family.component(component)
+        other = part.respell(key) if part is not None else key
         return other if other in checkpoint.tensors else None
 
     def _add_files(self, opened: Opened) -> None:
-        model = opened.model
-        sources = {"unet": model.weights, **model.text_encoders}
-        parts = {"unet": opened.checkpoint, **opened.text}
-        for name, checkpoint in parts.items():
-            if name not in ("unet", *self.recipe.components):
+        main = self.sources.family.main.name
+        sources = opened.model.weights.values()
+        for (name, part), files in zip(opened.parts.items(), sources, strict=False):
+            if name not in ("", main, *self.components):
                 continue
             self._offsets[opened.role, name] = len(self.files)
-            for source, file in zip(sources[name], checkpoint.files, strict=True):
+            for source, file in zip(files, part.files, strict=True):
                 self.files.append(
                     PlanFile(
                         opened.role, source.name, source.path, file.stamp, source.expected_sha256
@@ -92,11 +82,6 @@ class Inputs:
 
 def _ref(offset: int, index: int, spec: TensorSpec) -> TensorRef:
     return TensorRef(offset + index, spec.dtype, spec.shape, spec.start, spec.size_bytes)
-
-
-def qualified(component: str, key: str) -> str:
-    """Return the name that patterns are matched with."""
-    return key if component in ("unet", "") else f"{component}.{key}"
 
 
 def unsupported(code: str) -> str:

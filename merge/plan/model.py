@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge.family.model import Family
 from merge.header import Header, element_count, encode_header
-from merge.keymap import block_order
-from merge.layout import TensorCopy
-from merge.reader import FileStamp
+from merge.reader.checkpoint import FileStamp
+from merge.recipe.schema import Recipe
+from merge.writer.copies.model import TensorCopy
 
 DIGEST_KEY = "instruct_merge.recipe_digest"
 # The digest is known only after every input is hashed; its width is fixed, so the layout is not
@@ -162,7 +164,7 @@ class TensorPlan:
 
     Attributes:
         key: Its name in the component's file.
-        component: `unet`, `text_encoder` or `text_encoder_2`.
+        component: Whose weight it is, e.g. `text_encoder`.
         action: `delta`, `lora`, `copy`, `cast` or `bake`.
         target: Where its starting values are.
         dtype_out: Header code of the output.
@@ -170,7 +172,7 @@ class TensorPlan:
         loras: LoRA deltas, summed in float64 in this order and added last.
         weight: The recipe's weight for this key; None when nothing is added.
         reason: Why nothing, or not everything, is added; empty for the ordinary case.
-        block: A1111's name of the block, e.g. `IN04`; empty where the UNet's blocks are not known.
+        block: Name of its block, e.g. `IN04`; empty where blocks have no names.
         bakes: Guidance embeddings folded into it, added after everything else.
         is_whole: True when the method has to see the whole tensor at once.
     """
@@ -244,7 +246,7 @@ class ComponentPlan:
     """One merged weight file.
 
     Attributes:
-        name: `unet`, `text_encoder` or `text_encoder_2`.
+        name: E.g. `text_encoder`.
         file_name: Its place in the output folder.
         tensors: In the order of the output file.
         out_header: Layout of the output file.
@@ -266,7 +268,7 @@ class ComponentPlan:
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
-    """What a block of the UNet receives.
+    """What a block of the main component receives.
 
     Attributes:
         name: E.g. `IN04`.
@@ -287,9 +289,10 @@ class MergePlan:
         recipe: Its name.
         method: Its name.
         params: The method's parameters, defaults filled in.
-        architecture: `sd15`, `sd21` or `sdxl`.
+        family: The architecture.
         files: Inputs whose tensors are read.
-        components: The merged weight files, the UNet's first.
+        components: The merged weight files, the main component's first.
+        merged: Components that a delta may touch, in the order of the family.
         left_out: Keys of inputs that are not used, each with its reason.
         notes: What a user should know before running.
         warnings: What a user should decide or mend, although the run goes on.
@@ -302,15 +305,25 @@ class MergePlan:
     recipe: str
     method: str
     params: Mapping[str, Any]
-    architecture: str
+    family: Family
     files: tuple[PlanFile, ...]
     components: tuple[ComponentPlan, ...]
+    merged: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     relaid: Mapping[str, tuple[TensorCopy, ...]]
     copy_bytes: int
     single_file_bytes: int
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with what the architecture decides filled in."""
+        return dataclasses.replace(recipe, components=list(self.merged))
+
+    @property
+    def main(self) -> ComponentPlan:
+        """Return the weight file of the main component."""
+        return self.components[0]
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -327,7 +340,7 @@ class MergePlan:
 
     @property
     def blocks(self) -> tuple[BlockWeight, ...]:
-        """Return what each block of the UNet receives; empty where its blocks are not known."""
+        """Return what each block receives; empty where blocks have no names."""
         groups: dict[str, list[TensorPlan]] = {}
         for tensor in self.tensors:
             if tensor.block:
@@ -338,7 +351,7 @@ class MergePlan:
                 tuple(sorted({t.weight for t in groups[name] if t.weight is not None})),
                 len(groups[name]),
             )
-            for name in block_order(groups)
+            for name in self.family.blocks.sort(groups)
         )
 
     @property

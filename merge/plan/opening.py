@@ -7,26 +7,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from merge.errors import CheckpointError
-from merge.expected import fit_to_config, squeezed
-from merge.intake import Intake, reshaped, take_in, without
-from merge.keymap import (
-    LDM_UNET_PREFIX,
-    UNetArchitecture,
-    detect_unet,
-    split_single_file,
-    unknown_keys,
-)
-from merge.kinds import Prediction
-from merge.layout import TensorCopy, fit_copies, plan_components
-from merge.lora import is_lora
+from merge.family.expected.compare import squeezed
+from merge.family.expected.fit import fit_to_config
+from merge.family.keys.single_file import is_single_file, split_single_file, unknown_keys
+from merge.family.model import Family, Recognised
+from merge.family.registry import component_named, recognise
+from merge.lora.roles import is_lora
 from merge.plan.model import LeftOut
 from merge.plan.patterns import match_exclude
-from merge.reader import Checkpoint, read_checkpoint
-from merge.sources import ResolvedModel, SourceFile, Sources, opener_of
-
-_UNET_CLASS = "UNet2DConditionModel"
-# 1x1 convolutions, which some models of a family and some tools have as matrices.
-_POINTWISE = (".proj_in.weight", ".proj_out.weight", ".conv_shortcut.weight")
+from merge.reader.checkpoint import Checkpoint, read_checkpoint
+from merge.reader.intake import Intake, reshaped, take_in, without
+from merge.reader.kinds.prediction import Prediction
+from merge.sources.model import ResolvedModel, SourceFile, Sources
+from merge.sources.ranged import opener_of
+from merge.writer.copies.fit import fit_copies
+from merge.writer.copies.model import TensorCopy
+from merge.writer.copies.single_file import plan_components
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +31,9 @@ class Opened:
 
     Attributes:
         model: Its files.
-        checkpoint: The tensors of its UNet under diffusers keys, or of a LoRA under its own.
-        unet: Its architecture; None for a LoRA.
-        text: The tensors of its text encoders by component, where they could be merged.
+        parts: Component to its tensors under their own keys, the main component's first; one entry
+            without a name for a LoRA, and for what belongs to no known architecture.
+        found: What its main component is; None for a LoRA.
         left_out: Keys of its files that belong to none of these, each with its reason.
         prediction: What its files say that it predicts.
         relaid: For a target in a single file, its other components under a folder's names.
@@ -46,9 +42,8 @@ class Opened:
     """
 
     model: ResolvedModel
-    checkpoint: Checkpoint
-    unet: UNetArchitecture | None
-    text: Mapping[str, Checkpoint] = field(default_factory=dict)
+    parts: Mapping[str, Checkpoint]
+    found: Recognised | None
     left_out: tuple[LeftOut, ...] = ()
     prediction: Prediction = field(default_factory=Prediction)
     relaid: Mapping[str, tuple[TensorCopy, ...]] = field(default_factory=dict)
@@ -66,13 +61,14 @@ class Opened:
         return f"{self.model.role} ({self.model.label})"
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """Return the tensors of the main component, or of a LoRA."""
+        return next(iter(self.parts.values()))
+
+    @property
     def is_lora(self) -> bool:
         """Return True for an adapter of any kind."""
         return is_lora(self.checkpoint.tensors)
-
-    def component(self, name: str) -> Checkpoint | None:
-        """Return the tensors of a component, or None when the model does not have it."""
-        return self.checkpoint if name == "unet" else self.text.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +84,12 @@ class OpenedSources:
         """Return target, base if there is one, then distilled."""
         base = (self.base,) if self.base is not None else ()
         return (self.target, *base, *self.distilled)
+
+    @property
+    def family(self) -> Family:
+        """Return the target's architecture; of models that were found compatible."""
+        assert self.target.found is not None
+        return self.target.found.family
 
 
 def open_models(sources: Sources, exclude: Sequence[str]) -> OpenedSources:
@@ -113,20 +115,22 @@ def open_models(sources: Sources, exclude: Sequence[str]) -> OpenedSources:
 
 
 def _open(model: ResolvedModel, exclude: Sequence[str]) -> Opened:
-    weights = read_weights(model, model.weights)
-    is_adapter = is_lora(weights.checkpoint.tensors)
-    names = weights.checkpoint.tensors
-    if not is_adapter and any(name.startswith(LDM_UNET_PREFIX) for name in names):
-        return _open_single_file(model, weights, exclude)
-    texts = {name: read_weights(model, files) for name, files in model.text_encoders.items()}
+    first = read_weights(model, model.main_files)
+    names = first.checkpoint.tensors
+    if not is_lora(names) and is_single_file(names):
+        return _open_single_file(model, first, exclude)
+    found = None if is_lora(names) else recognise(first.checkpoint.shapes)
+    main = found.family.main.name if found is not None else ""
+    _, *named = model.weights.items()
+    # A LoRA is all of its model, whatever lies beside it.
+    others = {} if is_lora(names) else {name: read_weights(model, files) for name, files in named}
     return Opened(
         model,
-        weights.checkpoint,
-        None if is_adapter else detect_unet(weights.checkpoint.shapes),
-        {name: text.checkpoint for name, text in texts.items()},
-        left_out_of(model, weights, *texts.values()),
-        weights.prediction,
-        warnings=weights.warnings,
+        {main: first.checkpoint, **{name: part.checkpoint for name, part in others.items()}},
+        found,
+        left_out_of(model, first, *others.values()),
+        first.prediction,
+        warnings=first.warnings,
     )
 
 
@@ -165,7 +169,7 @@ def left_out_of(model: ResolvedModel, *parts: Intake) -> tuple[LeftOut, ...]:
 
 
 def _open_single_file(model: ResolvedModel, weights: Intake, exclude: Sequence[str]) -> Opened:
-    """Give an LDM/SGM file's UNet its diffusers keys, and a reason for every other key."""
+    """Give a single file's main component its own keys, and a reason for every other key."""
     checkpoint = weights.checkpoint
     with _naming(model):
         excluded = {
@@ -174,61 +178,58 @@ def _open_single_file(model: ResolvedModel, weights: Intake, exclude: Sequence[s
             if (pattern := match_exclude(name, exclude))
         }
         checkpoint = without(checkpoint, excluded)
-        parts = split_single_file(checkpoint.tensors)
+        split = split_single_file(checkpoint.tensors)
         relayout = plan_components(checkpoint) if model.role == "target" else None
-    names = parts.unet
-    unet = replace(
+    main = next(iter(split.pairs))
+    names = split.names(main)
+    part = replace(
         checkpoint,
         tensors={key: checkpoint.tensors[name] for name, key in names.items()},
         scales={names[n]: place for n, place in checkpoint.scales.items() if n in names},
     )
-    reasons = {**parts.left_out, **excluded}
+    reasons = {**split.left_out, **excluded}
     relaid = {}
     if relayout is not None:
-        relaid = {name: copies for name, copies in relayout.copies.items() if name != "unet"}
+        relaid = {name: copies for name, copies in relayout.copies.items() if name != main}
     else:
-        others = (pair for name, pairs in parts.pairs.items() if name != "unet" for pair in pairs)
-        reasons |= {pair.single: "not the UNet, which alone is merged" for pair in others}
+        component = component_named(main)
+        assert component is not None
+        others = (pair for name, pairs in split.pairs.items() if name != main for pair in pairs)
+        what = f"not the {component.title}, which alone is merged"
+        reasons |= {pair.single: what for pair in others}
     left_out = (
         *(LeftOut(model.role, name, reasons[name]) for name in sorted(reasons)),
         *left_out_of(model, weights),
     )
+    found = recognise(part.shapes)
     return Opened(
-        model,
-        unet,
-        detect_unet(unet.shapes),
-        {},
-        left_out,
-        weights.prediction,
-        relaid,
-        weights.warnings,
+        model, {main: part}, found, left_out, weights.prediction, relaid, weights.warnings
     )
 
 
 def _fitted(target: Opened) -> Opened:
     """Give a target the shapes of its configs, and keep what does not fit for later."""
-    model = target.model
-    described = {part.name: part for part in (model.pipeline.components if model.pipeline else ())}
+    if target.found is None:
+        return target
+    model, main = target.model, target.found.family.main
+    pipeline = model.pipeline.components if model.pipeline is not None else ()
+    described = {part.name: (part.config, part.class_name) for part in pipeline}
+    described[main.name] = (model.config, main.class_name)
+    problems: list[str] = []
+    notes: list[str] = []
+    parts, relaid = dict(target.parts), dict(target.relaid)
     with _naming(model):
-        fit = fit_to_config("unet", target.checkpoint.shapes, model.config, _UNET_CLASS)
-        unet = reshaped(target.checkpoint, fit.shapes)
-        problems, notes = [*fit.problems], [*fit.notes]
-        text = dict(target.text)
-        for name, checkpoint in text.items():
-            part = described[name]
-            fit = fit_to_config(name, checkpoint.shapes, part.config, part.class_name)
-            text[name] = reshaped(checkpoint, fit.shapes)
+        for name, part in parts.items():
+            fit = fit_to_config(name, part.shapes, *described[name])
+            parts[name] = reshaped(part, fit.shapes)
             problems, notes = [*problems, *fit.problems], [*notes, *fit.notes]
-        relaid = dict(target.relaid)
-        for name in relaid.keys() & described.keys():
-            part = described[name]
-            relaid[name], fit = fit_copies(name, relaid[name], part.config, part.class_name)
+        for name in (name for name in target.relaid if name in described):
+            relaid[name], fit = fit_copies(name, relaid[name], *described[name])
             problems, notes = [*problems, *fit.problems], [*notes, *fit.notes]
     return replace(
         target,
-        checkpoint=unet,
-        unet=None if target.unet is None else detect_unet(unet.shapes),
-        text=text,
+        parts=parts,
+        found=recognise(parts[main.name].shapes),
         relaid=relaid,
         warnings=(*target.warnings, *notes),
         misfits=tuple(problems),
@@ -237,16 +238,18 @@ def _fitted(target: Opened) -> Opened:
 
 def _shaped_like(opened: Opened, target: Opened) -> Opened:
     """Give the tensors of a full model the target's shapes, where the numbers are the same."""
-    if opened.unet is None or target.unet is None or opened.unet.context != target.unet.context:
+    ours, theirs = target.found, opened.found
+    if ours is None or theirs is None or ours.context != theirs.context:
         return opened
-    ours, theirs = target.checkpoint.shapes, opened.checkpoint.shapes
+    wanted = target.checkpoint.shapes
     shapes = {
-        key: ours[key]
-        for key, shape in theirs.items()
-        if key.endswith(_POINTWISE) and key in ours and shape != ours[key]
-        if squeezed(shape) == squeezed(ours[key])
+        key: wanted[key]
+        for key, shape in opened.checkpoint.shapes.items()
+        if key.endswith(ours.family.pointwise) and key in wanted and shape != wanted[key]
+        if squeezed(shape) == squeezed(wanted[key])
     }
     if not shapes:
         return opened
-    checkpoint = reshaped(opened.checkpoint, shapes)
-    return replace(opened, checkpoint=checkpoint, unet=detect_unet(checkpoint.shapes))
+    part = reshaped(opened.checkpoint, shapes)
+    parts = {**opened.parts, theirs.family.main.name: part}
+    return replace(opened, parts=parts, found=recognise(part.shapes))

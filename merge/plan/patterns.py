@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from merge.keymap import block_order, is_block_name
+from merge.family.model import Blocks, Family
 
 # A set such as [!]x] may begin with its own closing bracket; one that never closes is plain text.
 _WILDCARDS = re.compile(r"\*|\?|\[!?+\]?+[^\]]*\]")
@@ -21,7 +21,9 @@ def match_exclude(key: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(key, pattern)), None)
 
 
-def block_weight(key: str, weights: Mapping[str, float], default: float, block: str = "") -> float:
+def block_weight(
+    key: str, weights: Mapping[str, float], default: float, blocks: Blocks, block: str = ""
+) -> float:
     """Return the weight of a key: of the most specific pattern that names it.
 
     The pattern with the most literal characters wins. A block name stands for the globs of its
@@ -32,15 +34,16 @@ def block_weight(key: str, weights: Mapping[str, float], default: float, block: 
         key: A key of the target.
         weights: Pattern to weight.
         default: Where no pattern names the key.
+        blocks: Of the family.
         block: The name of the key's block.
 
     Raises:
         ValueError: two patterns with different weights are equally specific.
     """
     matching = {
-        pattern: _literal_characters(pattern, key)
+        pattern: len(blocks.layer(key)) + 1 if blocks.is_name(pattern) else _literal(pattern)
         for pattern in weights
-        if (pattern == block if is_block_name(pattern) else fnmatchcase(key, pattern))
+        if (pattern == block if blocks.is_name(pattern) else fnmatchcase(key, pattern))
     }
     if not matching:
         return default
@@ -56,31 +59,28 @@ def unmatched(patterns: Collection[str], keys: Collection[str]) -> list[str]:
     return [p for p in patterns if not any(fnmatchcase(key, p) for key in keys)]
 
 
-def unknown_blocks(patterns: Iterable[str], blocks: Collection[str]) -> list[str]:
-    """Return a problem for each block name that a UNet does not have.
+def unknown_blocks(patterns: Iterable[str], family: Family, present: Collection[str]) -> list[str]:
+    """Return a problem for each block name that a model does not have.
 
     Args:
         patterns: Of `block_weights`.
-        blocks: Names of the UNet's blocks.
+        family: The model's.
+        present: Names of the model's blocks.
     """
-    names = [pattern for pattern in patterns if is_block_name(pattern) and pattern not in blocks]
+    blocks = family.blocks
+    names = [name for name in patterns if blocks.is_name(name) and name not in present]
     if not names:
         return []
-    ordered = block_order(blocks)
-    sides = [[name for name in ordered if name.startswith(side)] for side in ("IN", "M", "OUT")]
-    known = ["BASE", *(_span(side) for side in sides if side)]
-    return [
-        f"block_weights: this UNet has no block {name}, only {', '.join(known)}" for name in names
-    ]
+    ordered = blocks.sort(present)
+    sides = [[name for name in ordered if name.startswith(side)] for side in blocks.sides]
+    known = ", ".join([blocks.rest, *(_span(side) for side in sides if side)])
+    what = f"block_weights: this {family.main.title} has no block"
+    return [f"{what} {name}, only {known}" for name in names]
 
 
 def _span(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _literal_characters(pattern: str, key: str) -> int:
-    if not is_block_name(pattern):
-        return len(_WILDCARDS.sub("", pattern))
-    parts = key.split(".")
-    layer = parts[:4] if parts[0] in ("down_blocks", "up_blocks") else parts[:1]
-    return len(".".join(layer)) + 1
+def _literal(pattern: str) -> int:
+    return len(_WILDCARDS.sub("", pattern))

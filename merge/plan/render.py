@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from merge.header import DTYPE_WORDS
-from merge.methods import METHODS
+from merge.methods.table import METHODS
 from merge.plan.model import BlockWeight, MergePlan, TensorPlan
 
 SCHEMA_VERSION = 1
@@ -19,7 +19,7 @@ def plan_to_json(plan: MergePlan, peak_bytes: int) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": plan.recipe,
-        "architecture": plan.architecture,
+        "architecture": plan.family.name,
         "tensors": [_row(tensor) for tensor in plan.tensors],
         "left_out": [
             {"model": item.model, "key": item.key, "reason": item.reason} for item in plan.left_out
@@ -72,7 +72,7 @@ def _row(tensor: TensorPlan) -> dict[str, Any]:
 
 
 def _lines(plan: MergePlan, peak_bytes: int) -> Iterator[str]:
-    yield f"recipe        {plan.recipe} ({plan.architecture})"
+    yield f"recipe        {plan.recipe} ({plan.family.name})"
     yield f"method        {METHODS[plan.method].formula}"
     for role in dict.fromkeys(file.role for file in plan.files):
         names = [file.name for file in plan.files if file.role == role]

@@ -7,20 +7,16 @@ from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
 from merge.header import DTYPE_CODES, DTYPE_WORDS, TensorSpec, element_count
-from merge.keymap import GUIDANCE_EMBEDDING, is_block_name, unet_blocks
-from merge.kinds import FLOAT8
-from merge.lora import is_lora
-from merge.methods import METHODS
+from merge.methods.table import METHODS
 from merge.plan.adapters import Adapter, AdapterReader, Place
-from merge.plan.inputs import FLOATS, Inputs, qualified, unsupported
+from merge.plan.inputs import FLOATS, Inputs, unsupported
 from merge.plan.model import DeltaTerm, LeftOut, LoraTerm, TensorPlan, TensorRef
 from merge.plan.opening import Opened, OpenedSources
 from merge.plan.patterns import block_weight, match_exclude, unknown_blocks, unmatched
 from merge.plan.terms import TermBuilder
+from merge.plan.unused import UnusedKeys
+from merge.reader.kinds.quantized import FLOAT8
 from merge.recipe.schema import Recipe
-
-BAKED_BIAS = "time_embedding.linear_1.bias"
-_BAKED_LINEAR = "time_embedding.linear_1.weight"
 
 
 @dataclass
@@ -39,7 +35,9 @@ class RowBuilder:
     _blocks: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.inputs = Inputs(self.recipe, self.sources)
+        self.family = self.sources.family
+        self.components = self.family.merged(self.recipe.components)
+        self.inputs = Inputs(self.components, self.sources)
         self._terms = TermBuilder(self.inputs, self.problems)
 
     def run(self) -> None:
@@ -48,10 +46,16 @@ class RowBuilder:
             self._note_variant(opened)
             self.left_out += opened.left_out
         reader = AdapterReader(
-            self.recipe, self.sources, self.problems, self.notes, self.warnings, self.left_out
+            self.recipe,
+            self.components,
+            self.sources,
+            self.problems,
+            self.notes,
+            self.warnings,
+            self.left_out,
         )
         for opened in self.sources.distilled:
-            if is_lora(opened.checkpoint.tensors):
+            if opened.is_lora:
                 self._loras[opened.role] = reader.read(opened)
         self._name_blocks()
         self._check_patterns()
@@ -61,17 +65,18 @@ class RowBuilder:
                 self._plan_key(component, key, spec)
         if self.recipe.guidance_embedding == "bake":
             self._bake()
+        unused = UnusedKeys(self.recipe, self.inputs, self.rows, self._unused, self.problems)
         for opened in self.sources.models[1:]:
             if opened.role in self._loras:
-                self._leave_out_modules(opened)
+                self.left_out += unused.of_lora(opened, self._loras[opened.role])
             else:
-                self._leave_out_keys(opened)
+                self.left_out += unused.of_model(opened)
         idle = [
             name
             for name, rows in self.by_component().items()
-            if name in self.recipe.components and not _is_merged(rows)
+            if name in self.components and not _is_merged(rows)
         ]
-        if not self.problems and idle and len(idle) < len(self.recipe.components):
+        if not self.problems and idle and len(idle) < len(self.components):
             self._tell_idle(idle)
         if not self.problems and not _is_merged(self.rows):
             if self.recipe.allow_noop:
@@ -83,10 +88,11 @@ class RowBuilder:
                 )
 
     def _tell_idle(self, idle: list[str]) -> None:
-        """Refuse components without a delta, but for a UNet where LoRAs are of encoders alone."""
+        """Refuse components without a delta, but for the main one where LoRAs are of others."""
         for name in idle:
             line = f"components: nothing is added to {name}"
-            if name == "unet" and len(self._loras) == len(self.sources.distilled):
+            is_main = name == self.family.main.name
+            if is_main and len(self._loras) == len(self.sources.distilled):
                 self.notes.append(f"{line}: the LoRA has modules of text encoders alone")
             else:
                 self.problems.append(line)
@@ -105,25 +111,29 @@ class RowBuilder:
         }.get(opened.role)
         if asked and asked != opened.model.variant:
             self.notes.append(
-                f"{opened.role}: its UNet has no {asked} variant, its plain files are used"
+                f"{opened.role}: its {self.family.main.title} has no {asked} variant, its plain "
+                "files are used"
             )
 
     # Checks ----------------------------------------------------------------------------------
 
     def _name_blocks(self) -> None:
         try:
-            self._blocks = unet_blocks(self.sources.target.checkpoint.tensors)
+            self._blocks = self.family.blocks.names(self.sources.target.checkpoint.tensors)
         except CheckpointError as error:
-            # Only block names need them; a UNet with keys of its own can be merged all the same.
-            self.notes.append(f"the blocks of this UNet have no names: {error.message}")
+            # Only block names need them; a model with keys of its own can be merged all the same.
+            what = f"the blocks of this {self.family.main.title} have no names"
+            self.notes.append(f"{what}: {error.message}")
 
     def _check_patterns(self) -> None:
-        target = self.sources.target
+        target, qualified, main = self.sources.target, self.family.qualified, self.family.main.name
         keys = {
             qualified(name, key) for name, part in self.inputs.parts(target) for key in part.tensors
         }
         everything = set(keys)
-        everything |= {qualified(n, key) for n, part in target.text.items() for key in part.tensors}
+        for name, part in target.parts.items():
+            if name != main:
+                everything |= {qualified(name, key) for key in part.tensors}
         for opened in self.sources.models[1:]:
             for component, part in self.inputs.parts(opened):
                 everything |= {qualified(component, key) for key in part.tensors}
@@ -132,10 +142,11 @@ class RowBuilder:
             self.problems.append(f"exclude: {pattern!r} matches no key of any model")
         weights = self.recipe.block_weights
         blocks = set(self._blocks.values())
-        blocks |= {"BASE" for name in self.recipe.components if name != "unet"}
-        self.problems += unknown_blocks(weights, blocks)
-        globs = [pattern for pattern in weights if not is_block_name(pattern)]
-        for pattern in unmatched(globs, {*keys, GUIDANCE_EMBEDDING}):
+        blocks |= {self.family.blocks.rest for name in self.components if name != main}
+        self.problems += unknown_blocks(weights, self.family, blocks)
+        globs = [pattern for pattern in weights if not self.family.blocks.is_name(pattern)]
+        guidance = [self.family.guidance.key] if self.family.guidance is not None else []
+        for pattern in unmatched(globs, {*keys, *guidance}):
             self.problems.append(f"block_weights: {pattern!r} matches no key of the target")
 
     def _check_method(self) -> None:
@@ -144,8 +155,8 @@ class RowBuilder:
             self.problems.append(
                 f"method {method.name} needs whole models, and {', '.join(self._loras)} is a LoRA"
             )
-        for component in self.recipe.components:
-            if self.sources.target.component(component) is None:
+        for component in self.components:
+            if component not in self.sources.target.parts:
                 self.problems.append(
                     f"components: {component} cannot be merged: the target is no pipeline folder "
                     "that has it (`instruct-merge convert` makes one of a single file)"
@@ -166,7 +177,7 @@ class RowBuilder:
                 return
             self._keep(place, target, spec.dtype, "an integer tensor, kept from the target")
             return
-        if component not in self.recipe.components:
+        if component not in self.components:
             code = spec.dtype if target.scale is None else "F32"
             self._keep(place, target, code, f"{component} is not merged")
             return
@@ -177,7 +188,7 @@ class RowBuilder:
                 "float8; set out_dtype to float16, bfloat16 or float32"
             )
             return
-        if pattern := match_exclude(qualified(*place), self.recipe.exclude):
+        if pattern := match_exclude(self.family.qualified(*place), self.recipe.exclude):
             self._keep(place, target, code, f"excluded by {pattern!r}")
             return
         weight = self._weight(component, key)
@@ -196,22 +207,22 @@ class RowBuilder:
                     return opened.role
                 continue
             key = self.inputs.spelling(opened, *place)
-            checkpoint = opened.component(place[0])
-            if checkpoint is None or key is None:
-                continue
-            if checkpoint.tensors[key][1].dtype in FLOATS:
+            if key is not None and opened.parts[place[0]].tensors[key][1].dtype in FLOATS:
                 return opened.role
         return ""
 
     def _block(self, component: str, key: str) -> str:
-        return self._blocks.get(key, "") if component == "unet" else "BASE"
+        if component != self.family.main.name:
+            return self.family.blocks.rest
+        return self._blocks.get(key, "")
 
     def _weight(self, component: str, key: str) -> float | None:
         try:
             return block_weight(
-                qualified(component, key),
+                self.family.qualified(component, key),
                 self.recipe.block_weights,
                 self.recipe.weight,
+                self.family.blocks,
                 self._block(component, key),
             )
         except ValueError as error:
@@ -239,7 +250,7 @@ class RowBuilder:
         if not deltas and not loras:
             has_full = len(self._loras) < len(self.sources.distilled)
             reason = "not in the LoRA" if not has_full else ""
-            if has_full and component != "unet":
+            if has_full and component != self.family.main.name:
                 reason = "no distilled model has this component"
             self._keep(place, target, code, reason)
             return
@@ -304,95 +315,42 @@ class RowBuilder:
 
     def _bake(self) -> None:
         """Fold every guidance embedding into the bias of the layer that it feeds."""
-        by_key = {row.key: index for index, row in enumerate(self.rows) if row.component == "unet"}
+        rule, main = self.family.guidance, self.family.main.name
+        if rule is None:
+            self.problems.append(
+                f"guidance_embedding: bake: {self.family.title} models have no guidance embedding"
+            )
+            return
+        by_key = {row.key: index for index, row in enumerate(self.rows) if row.component == main}
         embedded = [
             (opened, own.weight)
             for opened, own in zip(
                 self.sources.distilled, self.recipe.models.distilled, strict=True
             )
-            if opened.role not in self._loras and GUIDANCE_EMBEDDING in opened.checkpoint.tensors
+            if opened.role not in self._loras and rule.key in opened.checkpoint.tensors
         ]
         if not embedded:
-            self.problems.append(
-                f"guidance_embedding: bake: no distilled model has {GUIDANCE_EMBEDDING}"
-            )
+            self.problems.append(f"guidance_embedding: bake: no distilled model has {rule.key}")
             return
-        if not {BAKED_BIAS, _BAKED_LINEAR} <= by_key.keys():
-            self.problems.append(f"guidance_embedding: bake: the target has no {BAKED_BIAS}")
+        if not {rule.bias, rule.linear} <= by_key.keys():
+            self.problems.append(f"guidance_embedding: bake: the target has no {rule.bias}")
             return
-        bias, linear = self.rows[by_key[BAKED_BIAS]], self.rows[by_key[_BAKED_LINEAR]]
-        excluded = match_exclude(GUIDANCE_EMBEDDING, self.recipe.exclude) or match_exclude(
-            BAKED_BIAS, self.recipe.exclude
-        )
+        bias, linear = self.rows[by_key[rule.bias]], self.rows[by_key[rule.linear]]
+        exclude = self.recipe.exclude
+        excluded = match_exclude(rule.key, exclude) or match_exclude(rule.bias, exclude)
         if excluded:
-            self._unused["unet", GUIDANCE_EMBEDDING] = f"excluded by {excluded!r}"
+            self._unused[main, rule.key] = f"excluded by {excluded!r}"
             return
-        weight = self._weight("unet", GUIDANCE_EMBEDDING) or 0.0
-        terms = self._terms.bakes(embedded, linear, weight)
+        weight, guidance = self._weight(main, rule.key) or 0.0, self.recipe.bake_guidance
+        assert guidance is not None
+        terms = self._terms.bakes(rule, embedded, linear, weight, guidance)
         if terms:
-            reason = f"guidance scale {self.recipe.bake_guidance:g} baked in"
-            self.rows[by_key[BAKED_BIAS]] = dataclasses.replace(
+            reason = f"guidance scale {guidance:g} baked in"
+            self.rows[by_key[rule.bias]] = dataclasses.replace(
                 bias, action="bake", bakes=tuple(terms), weight=weight, reason=reason
             )
         else:
-            self._unused["unet", GUIDANCE_EMBEDDING] = "its weight is 0"
-
-    # What is left ----------------------------------------------------------------------------
-
-    def _leave_out_keys(self, opened: Opened) -> None:
-        """Give a reason for every key of a full model that no row uses."""
-        used = {(row.component, row.key) for row in self.rows if row.deltas}
-        used |= {
-            ("unet", GUIDANCE_EMBEDDING)
-            for row in self.rows
-            for term in row.bakes
-            if term.role == opened.role
-        }
-        target = self.sources.target
-        for component, checkpoint in self.inputs.parts(opened):
-            part = target.component(component)
-            for key in sorted(checkpoint.tensors):
-                ours = self.inputs.spelling(target, component, key) if part is not None else None
-                place = (component, ours or key)
-                if place in used:
-                    continue
-                name = qualified(component, key)
-                if ours is not None or place in self._unused:
-                    reason = self._unused.get(place, "not used")
-                    self.left_out.append(LeftOut(opened.role, name, reason))
-                elif pattern := match_exclude(name, self.recipe.exclude):
-                    self.left_out.append(LeftOut(opened.role, name, f"excluded by {pattern!r}"))
-                elif key == GUIDANCE_EMBEDDING:
-                    self._leave_out_embedding(opened)
-                elif key.endswith("position_ids"):
-                    self.left_out.append(LeftOut(opened.role, name, "a constant, not a weight"))
-                else:
-                    self.problems.append(f"{name}: in {opened.role}, and not in the target")
-
-    def _leave_out_embedding(self, opened: Opened) -> None:
-        if self.recipe.guidance_embedding == "error":
-            self.problems.append(
-                f"{GUIDANCE_EMBEDDING}: {opened.role} has this guidance embedding, the target has "
-                "not (guidance_embedding=drop leaves it out, bake folds it into a bias)"
-            )
-        else:
-            reason = "an InstructPix2Pix pipeline never feeds it; guidance_embedding drop"
-            self.left_out.append(LeftOut(opened.role, GUIDANCE_EMBEDDING, reason))
-
-    def _leave_out_modules(self, opened: Opened) -> None:
-        used = {
-            (row.component, row.key)
-            for row in self.rows
-            if any(term.role == opened.role for term in row.loras)
-        }
-        for place, adapter in self._loras[opened.role].items():
-            if place in used:
-                continue
-            reason = self._unused.get(place, "")
-            if not reason:
-                pattern = match_exclude(qualified(*place), self.recipe.exclude)
-                reason = f"excluded by {pattern!r}" if pattern else "not used"
-            self.left_out += [LeftOut(opened.role, name, reason) for name in adapter.module.names]
+            self._unused[main, rule.key] = "its weight is 0"
 
 
 def _is_merged(rows: list[TensorPlan]) -> bool:

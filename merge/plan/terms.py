@@ -6,9 +6,9 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from merge.family.model import GuidanceEmbedding
 from merge.header import DTYPE_WORDS, element_count
-from merge.keymap import CONV_IN, GUIDANCE_EMBEDDING
-from merge.lora import AdapterModule
+from merge.lora.module import AdapterModule
 from merge.plan.adapters import Adapter, Place
 from merge.plan.inputs import FLOATS, Inputs, unsupported
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan, TensorRef
@@ -27,6 +27,10 @@ class TermBuilder:
     inputs: Inputs
     problems: list[str]
 
+    @property
+    def _main(self) -> str:
+        return self.inputs.sources.family.main.name
+
     def delta(
         self, place: Place, opened: Opened, index: int, target: TensorRef, weight: float
     ) -> DeltaTerm | None:
@@ -37,7 +41,7 @@ class TermBuilder:
         pair = [(model, self.inputs.spelling(model, component, key)) for model in (base, opened)]
         lacking = [model.role for model, name in pair if name is None]
         if lacking:
-            if component != "unet" and all(m.component(component) is None for m, _ in pair):
+            if component != self._main and all(component not in m.parts for m, _ in pair):
                 return None
             self.problems.append(f"{key}: missing in {' and '.join(lacking)}")
             return None
@@ -49,7 +53,8 @@ class TermBuilder:
                 self.problems.append(f"{key}: {unsupported(ref.dtype)} in {role}")
                 return None
         shapes = (target.shape, base_ref.shape, distilled_ref.shape)
-        narrow = key == CONV_IN and _is_narrower(base_ref.shape, target.shape)
+        is_widened = self.inputs.sources.family.is_widened(component, key)
+        narrow = is_widened and _is_narrower(base_ref.shape, target.shape)
         if base_ref.shape != distilled_ref.shape or not (base_ref.shape == target.shape or narrow):
             self.problems.append(
                 f"{key}: shape {list(shapes[0])} in target, {list(shapes[1])} in base, "
@@ -62,11 +67,11 @@ class TermBuilder:
         """Return a LoRA module's part."""
         module = adapter.module
         names = dict(module.factors)
-        refs = {role: self.inputs.ref(opened, "unet", name) for role, name in names.items()}
+        refs = {role: self.inputs.ref(opened, "", name) for role, name in names.items()}
         magnitude = base = None
         if module.magnitude:
             names["magnitude"] = module.magnitude
-            magnitude = self.inputs.ref(opened, "unet", module.magnitude)
+            magnitude = self.inputs.ref(opened, "", module.magnitude)
             base = self._dora_base(module)
         checked = {**refs, **({"magnitude": magnitude} if magnitude is not None else {})}
         for role, ref in checked.items():
@@ -105,18 +110,21 @@ class TermBuilder:
         return ref
 
     def bakes(
-        self, embedded: Sequence[tuple[Opened, float]], linear: TensorPlan, weight: float
+        self,
+        embedding: GuidanceEmbedding,
+        embedded: Sequence[tuple[Opened, float]],
+        linear: TensorPlan,
+        weight: float,
+        guidance: float,
     ) -> list[BakeTerm]:
         """Return the guidance embeddings of full models, each with the model's own weight."""
-        guidance = self.inputs.recipe.bake_guidance
-        assert guidance is not None
         terms = []
         for opened, own in embedded:
-            ref = self.inputs.ref(opened, "unet", GUIDANCE_EMBEDDING)
+            ref = self.inputs.ref(opened, self._main, embedding.key)
             fits = len(ref.shape) == 2 and ref.shape[0] == linear.target.shape[-1]
             if ref.dtype not in FLOATS or not fits:
                 self.problems.append(
-                    f"{GUIDANCE_EMBEDDING}: {DTYPE_WORDS.get(ref.dtype, ref.dtype)} of shape "
+                    f"{embedding.key}: {DTYPE_WORDS.get(ref.dtype, ref.dtype)} of shape "
                     f"{list(ref.shape)} in {opened.role}, for a layer of shape "
                     f"{list(linear.target.shape)}"
                 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from merge.card import CARD_MARKER, CARD_NAME, CardLicence, render_card
+from merge.card.metadata import CardLicence
+from merge.card.render import CARD_MARKER, CARD_NAME, render_card
 from merge.errors import PublishError
 
 

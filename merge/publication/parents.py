@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merge.disclosure.licences import Licence, decide_licence, is_stricter, parse_licence
 from merge.errors import MergeError, PublishError
-from merge.licences import Licence, decide_licence, is_stricter, parse_licence
 from merge.sources.hub_errors import hub_errors
 
 

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge.card import CARD_NAME, CardLicence
-from merge.errors import PublishError, VerificationError
-from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest
-from merge.provenance import PROVENANCE_NAME
+from merge.card.metadata import CardLicence
+from merge.card.render import CARD_NAME
+from merge.errors import CheckpointError, PublishError, VerificationError
+from merge.family.registry import family_named
 from merge.publication.card import final_card, stated_licence
 from merge.publication.model import Prepared
 from merge.publication.parents import decide
 from merge.publication.scan import scan
+from merge.records.folder import (
+    IMAGES_NAME,
+    MANIFEST_NAME,
+    PAGE_NAME,
+    PROVENANCE_NAME,
+    REPORT_NAME,
+    RUN_NAME,
+    OutputRecords,
+)
 from merge.sources.store import is_inside
 from merge.verify.files import verify_files
 
 _LOG = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_REPORT, _RUN = "report.json", "run.json"
 # Beside the reproducible set.
 _RECORDS = (
-    *(MANIFEST_NAME, PROVENANCE_NAME, _RUN, _REPORT, "report.html", CARD_NAME),
+    *(MANIFEST_NAME, PROVENANCE_NAME, RUN_NAME, REPORT_NAME, PAGE_NAME, CARD_NAME),
     # What model_signing writes.
     "model.sig",
 )
-_IMAGES = "images"
 _SHOWN = 10
 
 
@@ -56,9 +62,11 @@ def prepare(
     folder = Path(folder)
     if not HUB_ID.fullmatch(repo_id):
         raise PublishError(f"{repo_id!r} is no Hub id", hint="give it as --repo-id ORG/NAME")
-    manifest = _check_folder(folder, on_bytes)
+    records = OutputRecords(folder)
+    manifest = _check_folder(records, on_bytes)
     names = _choose(folder, manifest, only)
-    decision = decide(manifest, license or stated_licence(folder), _local_licences(folder))
+    local = records.run_table("licences", str)
+    decision = decide(manifest, license or stated_licence(folder), local)
     licence = CardLicence(
         decision.licence.id, decision.licence.name, decision.licence.link, decision.notes
     )
@@ -85,24 +93,16 @@ def prepare(
     )
 
 
-def _local_licences(folder: Path) -> dict[str, str]:
-    """Return role to the licence that a local parent stated when the run read it."""
-    try:
-        stated = json.loads((folder / _RUN).read_text(encoding="utf-8"))["licences"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    pairs = stated.items() if isinstance(stated, dict) else ()
-    return {role: licence for role, licence in pairs if isinstance(licence, str)}
-
-
-def _check_folder(folder: Path, on_bytes: Callable[[int, int], None] | None) -> Mapping[str, Any]:
+def _check_folder(
+    records: OutputRecords, on_bytes: Callable[[int, int], None] | None
+) -> Mapping[str, Any]:
     """Return the manifest of a folder that was verified, passed and is unchanged since."""
+    folder = records.folder
     if not folder.is_dir():
         raise PublishError(f"there is no folder {folder}", hint="publish takes an output of `run`")
-    manifest = read_manifest(folder)
-    if manifest is None or not (folder / LOCK_NAME).is_file():
-        name = LOCK_NAME if manifest is not None else MANIFEST_NAME
-        raise PublishError(f"{folder} has no {name}", hint="publish takes an output of `run`")
+    if missing := records.missing:
+        raise PublishError(f"{folder} has no {missing}", hint="publish takes an output of `run`")
+    manifest = records.manifest or {}
     for name in manifest["files"]:
         if not is_inside(name) or name.startswith("/"):
             raise PublishError(
@@ -110,7 +110,7 @@ def _check_folder(folder: Path, on_bytes: Callable[[int, int], None] | None) -> 
                 hint="the manifest was not written by this tool: run the recipe again",
             )
     _check_links(folder)
-    _check_report(folder, manifest)
+    _check_report(records, manifest)
     try:
         verify_files(folder, on_bytes)
     except VerificationError as error:
@@ -137,22 +137,26 @@ def _check_links(folder: Path) -> None:
                 )
 
 
-def _check_report(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _check_report(records: OutputRecords, manifest: Mapping[str, Any]) -> None:
+    folder = records.folder
     hint = f"`instruct-merge verify {folder}` edits with it and writes the report"
-    path = folder / _REPORT
-    if not path.is_file():
-        what = "a UNet alone, which" if not (folder / "model_index.json").is_file() else "it"
-        raise PublishError(f"{folder} is not verified: {what} has no {_REPORT}", hint=hint)
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PublishError(f"{path} cannot be read: {error}", hint=hint) from error
-    if not isinstance(report, dict) or report.get("passed") is not True:
+        report = records.report
+    except CheckpointError as error:
+        raise PublishError(error.message, hint=hint) from error
+    if report is None:
+        what = "it"
+        if not (folder / "model_index.json").is_file():
+            family = family_named(str(manifest.get("architecture")))
+            what = f"a {family.main.title if family is not None else 'network'} alone, which"
+        raise PublishError(f"{folder} is not verified: {what} has no {REPORT_NAME}", hint=hint)
+    if report.get("passed") is not True:
         raise PublishError(f"{folder} failed its verification, so it is not published", hint=hint)
     summary = report.get("summary")
     digest = summary.get("recipe_digest") if isinstance(summary, dict) else None
     if digest != manifest.get("recipe_digest"):
-        raise PublishError(f"{path} is the report of another merge", hint=hint)
+        what = f"{folder / REPORT_NAME} is the report of another merge"
+        raise PublishError(what, hint=hint)
     warnings = report.get("warnings")
     for text in warnings if isinstance(warnings, list) else []:
         _LOG.warning("the verification of %s warns: %s", folder, text)
@@ -176,9 +180,11 @@ def _choose(folder: Path, manifest: Mapping[str, Any], only: str | None) -> list
     elif only is not None:
         raise PublishError(f"only={only!r} is neither folder nor single-file")
     files |= {name for name in _RECORDS if (folder / name).is_file()}
-    images = folder / _IMAGES
+    images = folder / IMAGES_NAME
     if images.is_dir():
-        files |= {f"{_IMAGES}/{path.name}" for path in images.iterdir() if path.suffix == ".png"}
+        files |= {
+            f"{IMAGES_NAME}/{path.name}" for path in images.iterdir() if path.suffix == ".png"
+        }
     return sorted(files | {CARD_NAME})
 
 

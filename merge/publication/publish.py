@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge._version import __version__
-from merge.card import CARD_NAME
+from merge.card.render import CARD_NAME
 from merge.errors import MergeError, PublishError
 from merge.publication.model import Prepared, Published
 from merge.publication.prepare import prepare
-from merge.writer import write_atomically
+from merge.writer.file import write_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from merge.card import CARD_NAME
+from merge.card.render import CARD_NAME
+from merge.disclosure.secrets import find_secrets, known_tokens
 from merge.errors import MergeError, PublishError
-from merge.reader import read_header
-from merge.secrets import find_secrets, known_tokens
+from merge.reader.checkpoint import read_header
 
 # Copied from the target and public already; vocabularies hold all sorts of words.
 _COPIED = ("tokenizer", "tokenizer_2", "feature_extractor")

@@ -15,12 +15,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from merge.disclosure.secrets import find_tokens
 from merge.errors import RecipeError
+from merge.family.registry import mergeable_names
 from merge.recipe.bundled import expand_home, find_recipe
 from merge.recipe.schema import DistilledRef, EditSpec, ModelRef, Recipe
 from merge.recipe.text import annotation_at, fields_of, parse_value, parse_yaml
-from merge.recipe.validate import COMPONENTS, validate
-from merge.secrets import find_tokens
+from merge.recipe.validate import validate
 
 # Resolvers such as ${oc.env:TOKEN} leak secrets and ${oc.coerce:...} imports modules named in the
 # YAML, so only a plain ${key} may appear.
@@ -349,10 +350,10 @@ def _order_components(recipe: Recipe) -> Recipe:
 
     Names that are none of them, or stand there twice, keep their places for the error.
     """
-    named = recipe.components
-    if len(set(named)) < len(named) or not set(named) <= set(COMPONENTS):
+    named, known = recipe.components, mergeable_names()
+    if named is None or len(set(named)) < len(named) or not set(named) <= set(known):
         return recipe
-    return dataclasses.replace(recipe, components=[c for c in COMPONENTS if c in named])
+    return dataclasses.replace(recipe, components=[name for name in known if name in named])
 
 
 def _absolute(text: str, folder: Path) -> str:

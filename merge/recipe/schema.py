@@ -6,6 +6,7 @@ so annotations stay within what it understands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,25 @@ class Models:
     target: ModelRef
     distilled: list[DistilledRef]
     base: ModelRef | None = None
+
+    @property
+    def by_role(self) -> dict[str, ModelRef]:
+        """Return role to model; distilled ones have numbers where there are several."""
+        several = len(self.distilled) > 1
+        base = {} if self.base is None else {"base": self.base}
+        return {
+            "target": self.target,
+            **base,
+            **{
+                f"distilled[{index}]" if several else "distilled": ref
+                for index, ref in enumerate(self.distilled)
+            },
+        }
+
+    def with_roles(self, refs: Mapping[str, Any]) -> Models:
+        """Return models in place of these, by the same roles."""
+        distilled = [ref for role, ref in refs.items() if role not in ("target", "base")]
+        return Models(refs["target"], distilled, refs.get("base"))
 
 
 @dataclass(frozen=True)
@@ -157,7 +177,7 @@ class Recipe:
     method: str = "add_difference"
     params: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
-    components: list[str] = field(default_factory=lambda: ["unet"])
+    components: list[str] | None = None
     channel_rule: str = "skip"
     block_weights: dict[str, float] = field(default_factory=dict)
     exclude: list[str] = field(default_factory=list)

@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from merge.methods import METHODS
+from merge.family.registry import mergeable_names
+from merge.methods.table import METHODS
 from merge.recipe.schema import DistilledRef, ModelRef, Recipe, VerifySpec
 
 MAX_FLOAT32 = 3.4028234663852886e38
@@ -25,8 +26,6 @@ _HUB_URL = re.compile(
 # What git takes for the name of a branch, tag or commit.
 _REVISION = re.compile(r"(?![-/.])(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])")
 
-# In the order in which they are merged and written.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CHANNEL_RULES = ("skip", "first", "error")
 OUT_DTYPES = ("float16", "bfloat16", "float32", "keep")
 OVERFLOW_RULES = ("error", "clamp", "keep_target")
@@ -130,10 +129,12 @@ def _is_inside(text: str) -> bool:
 
 
 def _check_rules(recipe: Recipe) -> Iterator[str]:
-    for name in recipe.components:
-        yield from _choice("components", name, COMPONENTS)
-    if not recipe.components or len(set(recipe.components)) < len(recipe.components):
-        yield f"components: {recipe.components} - name what is merged, each once"
+    components = recipe.components
+    if components is not None:
+        for name in components:
+            yield from _choice("components", name, mergeable_names())
+        if not components or len(set(components)) < len(components):
+            yield f"components: {components} - name what is merged, each once"
     yield from _choice("channel_rule", recipe.channel_rule, CHANNEL_RULES)
     for pattern, weight in recipe.block_weights.items():
         yield from _finite(f"block_weights[{pattern}]", weight)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from merge.plan import MergePlan
-from merge.recipe import Recipe
+from merge.plan.model import MergePlan
+from merge.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from merge.engine import Origin
+    from merge.engine.origin import Origin
 
 _LOG = logging.getLogger(__name__)
-_REPORT_NAME = "report.json"
 # Checks whose warnings come before the merge already.
 _TOLD_BEFORE = ("weight_not_negative", "base_is_nearer")
 
@@ -29,7 +27,7 @@ def tell_doubts(recipe: Recipe, plan: MergePlan) -> tuple[Origin, ...]:
     Returns:
         What was measured of the target's descent.
     """
-    from merge.engine import measure_origins
+    from merge.engine.origin import measure_origins
 
     if recipe.weight < 0:
         _LOG.warning(
@@ -49,11 +47,12 @@ def tell_doubts(recipe: Recipe, plan: MergePlan) -> tuple[Origin, ...]:
     return origins
 
 
-def tell_verdict(folder: Path) -> str:
-    """Pass on what the closing edits warn of, and return what they prove."""
-    if not (folder / _REPORT_NAME).is_file():
-        return ""
-    report = json.loads((folder / _REPORT_NAME).read_text(encoding="utf-8"))
+def tell_verdict(report: Mapping[str, Any]) -> str:
+    """Pass on what the closing edits warn of, and return what they prove.
+
+    Args:
+        report: As in `report.json`.
+    """
     for line in report["warnings"]:
         if not line.startswith(_TOLD_BEFORE):
             _LOG.warning("%s", line)

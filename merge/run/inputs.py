@@ -1,61 +1,17 @@
-"""The input files of a run: hashed once, compared with what is expected, never written to."""
+"""The input files of a run: compared with what is expected, never written to."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
 
-from merge.digest import DigestProcess
 from merge.errors import IntegrityError
-from merge.sources import DISCARDED_HINT, ResolvedModel, SourceFile, discard
+from merge.sources.fetch import DISCARDED_HINT, discard
+from merge.sources.model import ResolvedModel, SourceFile
 
 _LOG = logging.getLogger(__name__)
 
 # Role and file.
 InputFile = tuple[str, SourceFile]
-
-
-def digest_inputs(
-    files: Sequence[InputFile],
-    on_bytes: Callable[[int, int], None],
-    on_lap: Callable[[str, float], None],
-) -> dict[tuple[str, str], str]:
-    """Hash input files, importing torch meanwhile.
-
-    The output's header holds a digest of the inputs, and its own digest starts with the header:
-    so the inputs are hashed first, by all cores, and the output beside the merge.
-
-    Args:
-        files: Each once.
-        on_bytes: Told the bytes hashed so far, and in all.
-        on_lap: Told a stage's name and when it began.
-
-    Raises:
-        IntegrityError: a file is not the expected one.
-        SourceNotFoundError: a file cannot be read.
-    """
-    mark = time.perf_counter()
-    total = sum(file.size_bytes for _, file in files)
-    done = 0
-
-    def count_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_bytes(done, total)
-
-    process = DigestProcess([file.path for _, file in files])
-    try:
-        import merge.engine  # noqa: F401
-
-        on_lap("import", mark)
-        digests = process.result(count_bytes)
-    finally:
-        process.close()
-    on_lap("import_and_hash", mark)
-    for (_, file), digest in zip(files, digests, strict=True):
-        check_digest(file, digest)
-    return {(role, file.name): digest for (role, file), digest in zip(files, digests, strict=True)}
 
 
 def check_digest(file: SourceFile, digest: str) -> None:

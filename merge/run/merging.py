@@ -10,16 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from merge.digest import FileDigest
+from merge.background.file_digest import FileDigest
 from merge.errors import DeviceMemoryError, EngineError
-from merge.manifest import FileRecord
-from merge.plan import ComponentPlan, MergePlan, default_threads
-from merge.recipe import Recipe
-from merge.writer import Journal, JournalMark, OutputFolder, TensorFileWriter
+from merge.plan.memory import default_threads
+from merge.plan.model import ComponentPlan, MergePlan
+from merge.recipe.schema import Recipe
+from merge.records.manifest import FileRecord
+from merge.writer.folder import OutputFolder
+from merge.writer.journal import Journal, JournalMark
+from merge.writer.tensors import TensorFileWriter
 
 if TYPE_CHECKING:
-    from merge.engine import TensorState
     from merge.engine.execute import MergeResult
+    from merge.engine.units import TensorState
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 1024 * 1024
@@ -72,7 +75,7 @@ def merge_components(
     Raises:
         EngineError: nothing changed, and the recipe does not allow that, or the merge failed.
     """
-    from merge.engine import choose_device, device_words
+    from merge.engine.device import choose_device, device_words
 
     where = choose_device(device)
     merged = MergedFiles(device_words(where), threads or default_threads(str(where)))
@@ -146,8 +149,8 @@ class _Job:
             self._lap("fsync", mark)
         self._before += total
         self.merged.files[component.file_name] = FileRecord(total, sha256)
-        prefix = "" if component.name == "unet" else f"{component.name}."
-        self.merged.overflows |= {prefix + key: n for key, n in result.overflows.items()}
+        qualified, name = self.plan.family.qualified, component.name
+        self.merged.overflows |= {qualified(name, key): n for key, n in result.overflows.items()}
         return result
 
     def _execute(
@@ -157,7 +160,7 @@ class _Job:
         on_frontier: Callable[[int, Sequence[TensorState]], None],
         finished: Sequence[TensorState],
     ) -> MergeResult:
-        from merge.engine import execute_plan
+        from merge.engine.execute import execute_plan
 
         return execute_plan(
             self.plan,
@@ -172,7 +175,7 @@ class _Job:
 
     def _fall_back(self, error: DeviceMemoryError) -> None:
         """Go on on the CPU: nobody asked for CUDA, and the bytes are the same."""
-        from merge.engine import choose_device
+        from merge.engine.device import choose_device
 
         _LOG.warning("%s; going on on the CPU, with the same bytes", error.message)
         self.device = choose_device("cpu")
@@ -196,7 +199,7 @@ class _Progress:
 
     def check(self, writer: TensorFileWriter, header: bytes) -> tuple[list[TensorState], int]:
         """Hash what an earlier run wrote; return what it found out and where to go on."""
-        from merge.engine import TensorState
+        from merge.engine.units import TensorState
 
         states: list[TensorState] = []
         digest = hashlib.sha256(header)

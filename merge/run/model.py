@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge.manifest import FileRecord
-from merge.plan import MergePlan
+from merge.plan.model import MergePlan
+from merge.records.manifest import FileRecord
 
 # stage, done, total; bytes while merging
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Laps:
+    """Wall time per stage of a run.
+
+    Attributes:
+        seconds: Stage to its time.
+        started: When it began, as `time.perf_counter` has it.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, stage: str, since: float) -> None:
+        """Take the time of a stage that began then."""
+        self.seconds[stage] = time.perf_counter() - since
+
+    @contextmanager
+    def lap(self, stage: str) -> Iterator[None]:
+        """Take the time of a block."""
+        mark = time.perf_counter()
+        yield
+        self.add(stage, mark)
 
 
 @dataclass(frozen=True, slots=True)

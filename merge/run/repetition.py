@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from typing import Any
 
 from merge._version import __version__
 from merge.errors import SourceNotFoundError, VerificationError
-from merge.lock import open_lock
-from merge.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest
-from merge.provenance import PROVENANCE_NAME, check_provenance
+from merge.records.folder import LOCK_NAME, MANIFEST_NAME, PROVENANCE_NAME, OutputRecords
+from merge.records.lock.find import open_lock
+from merge.records.provenance import check_provenance
 from merge.run.model import Progress
-from merge.run.record import RUN_NAME
 from merge.run.stages import run_recipe
 
 _SHOWN = 10
@@ -69,14 +67,18 @@ def reproduce(
         MergeError: of the run, as for `run_recipe`.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest is None or not (folder / LOCK_NAME).is_file():
-        name = LOCK_NAME if manifest is not None else MANIFEST_NAME
+    records = OutputRecords(folder)
+    if missing := records.missing:
         raise SourceNotFoundError(
-            f"{folder} has no {name}", hint="only outputs of `run` can be reproduced"
+            f"{folder} has no {missing}", hint="only outputs of `run` can be reproduced"
         )
+    manifest = records.manifest or {}
     _check_records(folder, manifest)
-    lock = open_lock(folder / LOCK_NAME, overrides, _places(folder))
+    # A convenience, and not part of the reproducible set: where local models were then.
+    places = {
+        role: folder.absolute() / path for role, path in records.run_table("inputs", str).items()
+    }
+    lock = open_lock(folder / LOCK_NAME, overrides, places)
 
     def run(final: Path) -> None:
         run_recipe(
@@ -134,19 +136,9 @@ def _check_records(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """Return where local models were when the output was made, as seen from it."""
-    try:
-        inputs = json.loads((folder / RUN_NAME).read_text(encoding="utf-8")).get("inputs", {})
-        return {role: folder.absolute() / path for role, path in inputs.items()}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        # It is a convenience and not part of the reproducible set.
-        return {}
-
-
 def _compare(folder: Path, manifest: Mapping[str, Any], out: Path) -> list[str]:
     """Return a line for each file of the reproducible set that is not the same in both."""
-    other = read_manifest(out)
+    other = OutputRecords(out).manifest
     assert other is not None
     ours, theirs = manifest["files"], other["files"]
     lines = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from merge.errors import MergeError
-from merge.reader import read_header
+from merge.reader.checkpoint import read_header
 from merge.sources.model import ResolvedModel
 
 _CARD_CHARACTERS = 64 * 1024
@@ -22,7 +22,7 @@ def stated_locally(model: ResolvedModel) -> str:
     for folder in (model.root, model.root.parent):
         if licence := _licence_of_card(folder / "README.md"):
             return licence
-    for file in model.weights[:1]:
+    for file in model.main_files[:1]:
         try:
             return read_header(file.path).header.metadata.get("modelspec.license", "").lower()
         except MergeError:

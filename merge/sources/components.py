@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge.errors import IntegrityError, SourceError, SourceNotFoundError
+from merge.family.registry import main_names
 from merge.recipe.schema import ModelRef
 from merge.sources.model import ComponentFiles, SourceFile
 from merge.sources.select import (
@@ -56,7 +57,7 @@ def select_components(
     label: str,
     scope: Scope | None,
 ) -> dict[str, tuple[Weights | None, list[str]]]:
-    """Choose the files of every component but the UNet and the scheduler.
+    """Choose the files of every component but the main one and the scheduler.
 
     Without a scope, no weights.
     """
@@ -65,7 +66,7 @@ def select_components(
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         refuse_own_code(name, entry, label)
-        if name in ("unet", "scheduler"):
+        if name in (*main_names(), "scheduler"):
             continue
         if "/" in name or name.startswith("."):
             raise SourceError(f"component {name!r} of {label} is no folder name")

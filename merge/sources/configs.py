@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge.errors import SourceError, SourceNotFoundError
+from merge.json_files import read_json
 from merge.recipe.schema import ModelRef
 from merge.sources.components import source_files
 from merge.sources.model import SourceFile
@@ -61,12 +61,6 @@ def check_index(name: str, tree: Mapping[str, Any], weights: Weights) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise SourceError(f"{path} is too large for a config")
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise SourceError(f"{path} is not a JSON object")
-    return tree
+    if path.is_file() and path.stat().st_size > _MAX_JSON_BYTES:
+        raise SourceError(f"{path} is too large for a config")
+    return read_json(path, SourceError)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import IntegrityError, NoSpaceError, SourceError
-from merge.pickles import PICKLE_SUFFIXES
+from merge.reader.pickles.archive import PICKLE_SUFFIXES
 from merge.sources.hub_errors import hub_errors, naming
 from merge.sources.model import HubFile, SourceFile, Sources
 from merge.sources.retries import retried

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Pipeline:
 
     Attributes:
         model_index: Parsed `model_index.json`.
-        components: Every component but the UNet and the scheduler, sorted by name.
+        components: Every component but the main one and the scheduler, sorted by name.
     """
 
     model_index: Mapping[str, Any]
@@ -117,12 +117,12 @@ class ResolvedModel:
         commit: The 40 hexadecimal digits that `repo` was resolved to.
         root: Local folder that file names are relative to.
         is_folder: False when the recipe names one weight file.
-        weights: The UNet's or LoRA's files, in name order.
+        weights: Component to the files of its tensors, the main component's first; one entry
+            without a name for a LoRA, and for a network or a single file that stands alone.
         variant: The weight variant that was taken, empty for plain files.
-        config: Parsed `config.json` of the UNet, if there is one.
+        config: Parsed `config.json` of the main component, if there is one.
         scheduler: Parsed scheduler config, if there is one.
         pipeline: For a target that is a whole pipeline.
-        text_encoders: Component to the weight files of a text encoder that it has.
         config_label: Where a single file's configs are from: a folder's name, or a Hub id and
             commit.
         config_files: The JSON files that `config`, `scheduler` and `pipeline` were read from.
@@ -137,12 +137,11 @@ class ResolvedModel:
     commit: str | None
     root: Path
     is_folder: bool
-    weights: tuple[SourceFile, ...]
+    weights: Mapping[str, tuple[SourceFile, ...]]
     variant: str
     config: Mapping[str, Any] | None
     scheduler: Mapping[str, Any] | None
     pipeline: Pipeline | None
-    text_encoders: Mapping[str, tuple[SourceFile, ...]] = field(default_factory=dict)
     config_label: str = ""
     config_files: tuple[SourceFile, ...] = ()
     allow_pickle: bool = False
@@ -150,13 +149,17 @@ class ResolvedModel:
     ema: str | bool = "auto"
 
     @property
+    def main_files(self) -> tuple[SourceFile, ...]:
+        """Return the files of the main component, or of all that there is."""
+        return next(iter(self.weights.values()))
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """Return every file of the model that is used, once, sorted by name."""
         parts = self.pipeline.components if self.pipeline is not None else ()
         groups = (
             self.config_files,
-            self.weights,
-            *self.text_encoders.values(),
+            *self.weights.values(),
             *(part.files for part in parts),
         )
         by_name = {file.name: file for group in groups for file in group}
@@ -182,17 +185,17 @@ class ResolvedModel:
             pipeline = replace(pipeline, components=components)
         return replace(
             self,
-            weights=pin(self.weights),
+            weights={name: pin(files) for name, files in self.weights.items()},
             pipeline=pipeline,
-            text_encoders={name: pin(files) for name, files in self.text_encoders.items()},
             config_files=pin(self.config_files),
         )
 
     def merged_files(self, components: Collection[str]) -> tuple[SourceFile, ...]:
         """Return the files that decide merged weights when these components are merged."""
-        text = (files for name, files in self.text_encoders.items() if name in components)
+        first, *others = self.weights
+        names = (first, *(name for name in others if name in components))
         scales = self.config_files if self.adapter_config is not None else ()
-        return (*self.weights, *(file for files in text for file in files), *scales)
+        return (*(file for name in names for file in self.weights[name]), *scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,12 @@ class Sources:
     target: ResolvedModel
     distilled: tuple[ResolvedModel, ...]
     base: ResolvedModel | None
+
+    @staticmethod
+    def by_role(models: Mapping[str, ResolvedModel]) -> Sources:
+        """Return the models of a recipe, given by their roles."""
+        distilled = (model for role, model in models.items() if role not in ("target", "base"))
+        return Sources(models["target"], tuple(distilled), models.get("base"))
 
     @property
     def models(self) -> tuple[ResolvedModel, ...]:

@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 from merge.errors import IntegrityError, NoRangesError
-from merge.reader import ByteReader, FileReader, FileStamp, Opener
+from merge.reader.checkpoint import ByteReader, FileReader, FileStamp, Opener
 from merge.sources.hub_errors import hub_errors, naming
 from merge.sources.model import HubFile, SourceFile
 
@@ -47,7 +46,7 @@ def opener_of(files: Sequence[SourceFile], role: str) -> Opener:
     return open_file
 
 
-class RangedFile:
+class RangedFile(ByteReader):
     """Positioned reads of one file of the Hub, by requests for ranges of bytes."""
 
     def __init__(self, path: Path, size_bytes: int, hub: HubFile, role: str) -> None:
@@ -67,17 +66,6 @@ class RangedFile:
         self._starts: list[int] = []
         self._parts: dict[int, tuple[int, Future[bytes]]] = {}
         self._pool: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> RangedFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the threads; what was read stays, and reading on is allowed."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import OfflineError, SourceError, SourceNotFoundError
-from merge.lora import CONFIG_NAME
-from merge.pickles import PICKLE_SUFFIXES
+from merge.family.registry import main_names, mergeable_names
+from merge.lora.metadata import CONFIG_NAME
+from merge.reader.pickles.archive import PICKLE_SUFFIXES
 from merge.recipe.bundled import bundled_folder
 from merge.recipe.schema import ModelRef, Recipe
 from merge.sources.components import (
@@ -31,7 +32,6 @@ from merge.sources.select import PICKLE_HINT, Weights, has_weights
 from merge.sources.store import HubStore, LocalStore, Store
 
 _IN_NO_SINGLE_FILE = ("safety_checker", "feature_extractor", "image_encoder")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # As peft names the weights of an adapter.
 _PEFT_STEM = "adapter_model"
 
@@ -50,19 +50,13 @@ def resolve_sources(recipe: Recipe, *, download: bool = True) -> Sources:
     Raises:
         SourceError: a model is not there, not readable or not of a known layout.
     """
-    models = recipe.models
-    resolver = _Resolver(Scope(recipe.components, recipe.allow_pickle))
-    several = len(models.distilled) > 1
-    refs: dict[str, ModelRef] = {} if models.base is None else {"base": models.base}
-    for index, distilled_ref in enumerate(models.distilled):
-        refs[f"distilled[{index}]" if several else "distilled"] = distilled_ref
-    refs["target"] = models.target
+    resolver = _Resolver(Scope(recipe.components or (), recipe.allow_pickle))
+    refs = recipe.models.by_role
+    # The target last: it is the largest, and what is wrong with the others is said before.
+    refs["target"] = refs.pop("target")
     for role, ref in refs.items():
         resolver.pin(ref, role)
-    resolved = {role: resolver.resolve(ref, role) for role, ref in refs.items()}
-    base = resolved.get("base")
-    distilled = tuple(m for role, m in resolved.items() if role not in ("target", "base"))
-    sources = Sources(resolved["target"], distilled, base)
+    sources = Sources.by_role({role: resolver.resolve(ref, role) for role, ref in refs.items()})
     if download:
         fetch_sources(sources)
     return sources
@@ -147,9 +141,9 @@ class _Resolver:
             commit=store.commit,
             root=store.root,
             is_folder=False,
-            weights=weights,
+            weights={"": weights},
             variant="",
-            config=configs.unet,
+            config=configs.main,
             scheduler=configs.scheduler,
             pipeline=configs.pipeline,
             config_label=configs.label,
@@ -193,7 +187,7 @@ def _check_suffix(name: str, scope: Scope) -> None:
 class _Configs:
     """What a single file lacks: configs, tokenizers, and the names of the components."""
 
-    unet: Mapping[str, Any] | None = None
+    main: Mapping[str, Any] | None = None
     scheduler: Mapping[str, Any] | None = None
     pipeline: Pipeline | None = None
     label: str = ""
@@ -206,7 +200,8 @@ _NO_CONFIGS = _Configs()
 def _open_configs(store: Store, text: str, role: str) -> _Configs:
     """Read the folder or repository that a single file takes its configs from; no weights."""
     label = Path(text).name if store.commit is None else f"{text.partition('@')[0]}@{store.commit}"
-    candidates = [name for name in ("unet/config.json", "config.json") if name in store.names]
+    places = [*(f"{name}/config.json" for name in main_names()), "config.json"]
+    candidates = [name for name in places if name in store.names]
     if not candidates:
         raise SourceNotFoundError(f"config: there is no config.json of a UNet in {text}")
     scheduler_name = "scheduler/scheduler_config.json"
@@ -247,28 +242,29 @@ def _resolve_folder(
         raise SourceNotFoundError(f"it has no folder {ref.subfolder}")
     is_pipeline = "model_index.json" in inside
     is_target = is_pipeline and role == "target"
-    unet = f"{prefix}unet/" if is_pipeline or below(inside, "unet/") else prefix
+    main = _main_component(inside, is_pipeline)
+    folder = f"{prefix}{main}/" if main else prefix
     weights = select(
-        store, direct_files(store.names, unet), ref.variant, where_of(label, unet), scope
+        store, direct_files(store.names, folder), ref.variant, where_of(label, folder), scope
     )
-    config_name = f"{unet}config.json"
+    config_name = f"{folder}config.json"
     scheduler_name = f"{prefix}scheduler/scheduler_config.json"
     index_name = f"{prefix}model_index.json"
     needed = {config_name, scheduler_name} & store.names
-    adapter = _adapter_config(f"{unet}{weights.names[0]}", store)
+    adapter = _adapter_config(f"{folder}{weights.names[0]}", store)
     needed |= adapter
     if weights.index:
-        needed.add(f"{unet}{weights.index}")
+        needed.add(f"{folder}{weights.index}")
     if is_target:
         needed.add(index_name)
     configs = read_configs(ref, store, needed)
     if weights.index:
-        name = f"{unet}{weights.index}"
+        name = f"{folder}{weights.index}"
         check_index(name, configs.trees[name], weights)
     pipeline = None
-    text_encoders = {
+    others = {
         name: source_files(ref, store, f"{prefix}{name}/", chosen.names)
-        for name, chosen in _select_text_encoders(ref, role, store, prefix, label, scope).items()
+        for name, chosen in _select_others(ref, role, store, prefix, label, scope).items()
     }
     if is_target:
         index = configs.trees[index_name]
@@ -280,9 +276,8 @@ def _resolve_folder(
         parts = read_configs(ref, store, component_configs(prefix, selected, store.names))
         files = component_files(ref, store, prefix, selected, index, parts.trees)
         pipeline = Pipeline(index, files)
-        text_encoders = {
-            part.name: part.weights for part in pipeline.components if part.name in TEXT_ENCODERS
-        }
+        merged = _other_mergeable()
+        others = {part.name: part.weights for part in pipeline.components if part.name in merged}
     return ResolvedModel(
         role=role,
         label=label,
@@ -290,12 +285,11 @@ def _resolve_folder(
         commit=store.commit,
         root=store.root,
         is_folder=True,
-        weights=source_files(ref, store, unet, weights.names),
+        weights={main: source_files(ref, store, folder, weights.names), **others},
         variant=weights.variant,
         config=configs.trees.get(config_name),
         scheduler=configs.trees.get(scheduler_name),
         pipeline=pipeline,
-        text_encoders=text_encoders,
         config_files=configs.files,
         allow_pickle=scope.allow_pickle,
         adapter_config=next((configs.trees[name] for name in adapter), None),
@@ -303,14 +297,29 @@ def _resolve_folder(
     )
 
 
-def _select_text_encoders(
+def _main_component(inside: frozenset[str], is_pipeline: bool) -> str:
+    """Return the folder of the main component; empty where the model is that folder itself."""
+    names = main_names()
+    found = next((name for name in names if below(inside, f"{name}/")), "")
+    return found or (names[0] if is_pipeline else "")
+
+
+def _other_mergeable() -> list[str]:
+    """Return the components that a recipe may merge beside a main one."""
+    return [name for name in mergeable_names() if name not in main_names()]
+
+
+def _select_others(
     ref: ModelRef, role: str, store: Store, prefix: str, label: str, scope: Scope
 ) -> dict[str, Weights]:
-    """Choose the text encoders of base and distilled that the recipe merges; a target has all."""
+    """Choose the other components of base and distilled that the recipe merges.
+
+    A target has all of its own.
+    """
     if role == "target":
         return {}
     chosen = {}
-    for name in TEXT_ENCODERS:
+    for name in _other_mergeable():
         names = direct_files(store.names, f"{prefix}{name}/")
         if name in scope.components and has_weights(names):
             where = where_of(label, f"{prefix}{name}/")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from merge.errors import SourceError, SourceNotFoundError
-from merge.pickles import PICKLE_SUFFIXES
+from merge.reader.pickles.archive import PICKLE_SUFFIXES
 
 # Spellings of the weights of one component, most specific first.
 _STEMS = (

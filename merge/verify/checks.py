@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from merge.editor import EditResult
+from merge.editor.result import EditResult
 from merge.verify.metrics import Values, rms, to_values
 from merge.verify.model import Check
 

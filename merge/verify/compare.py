@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from merge.digest import DigestProcess
-from merge.editor import Editor, EditSettings, edit, load_editor
+from merge.background.digest_process import DigestProcess
+from merge.editor.batches import edit
+from merge.editor.load import Editor, load_editor
+from merge.editor.settings import EditSettings
 from merge.errors import RecipeError, SourceError, SourceNotFoundError
-from merge.recipe import ModelRef, Recipe
-from merge.recipe.schema import Models
-from merge.sources import resolve_sources
+from merge.recipe.schema import ModelRef, Models, Recipe
+from merge.sources.resolve import resolve_sources
 from merge.verify.model import CompareOptions, EditRow, Picture, Target
 from merge.verify.references import ReferenceCache, cache_folder, reference_key
 
@@ -51,11 +52,11 @@ def find_target(model: str) -> Target:
             hint="name the folder or the repository that has model_index.json",
         )
     parts = [file for component in found.pipeline.components for file in component.files]
-    files = {file.name: file.path for file in (*found.weights, *parts)}
+    files = {file.name: file.path for file in (*found.main_files, *parts)}
     index = found.root / "model_index.json"
     scheduler = found.root / "scheduler" / "scheduler_config.json"
     files |= {path.relative_to(found.root).as_posix(): path for path in (index, scheduler)}
-    weights = tuple(file.path for file in found.weights)
+    weights = tuple(file.path for file in found.main_files)
     return Target(found.label, found.commit, found.root, weights, files)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge.digest import DigestProcess
+from merge.background.digest_process import DigestProcess
 from merge.errors import SourceNotFoundError, VerificationError
-from merge.manifest import read_manifest
-from merge.provenance import check_provenance
+from merge.records.folder import OutputRecords
+from merge.records.provenance import check_provenance
 
 
 def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None = None) -> int:
@@ -30,7 +30,7 @@ def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None
         VerificationError: a file is missing or differs; all are named.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = OutputRecords(folder).manifest
     if manifest is None:
         raise SourceNotFoundError(
             f"{folder} has no merge_manifest.json", hint="only outputs of `run` have one"

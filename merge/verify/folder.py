@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from merge.card import refresh_card
-from merge.editor import Editor, EditSettings, load_editor, load_image
-from merge.editor import edit as edit_picture
+from merge.background.closable import Closable
+from merge.background.workers import Workers
+from merge.card.refresh import refresh_card
+from merge.editor.batches import edit as edit_picture
+from merge.editor.load import Editor, load_editor
+from merge.editor.pictures import load_image
+from merge.editor.settings import EditSettings
 from merge.editor.vae import encode_pictures
 from merge.errors import VerificationError
-from merge.manifest import LOCK_NAME, read_locked_recipe, read_manifest
+from merge.records.folder import IMAGES_NAME, PAGE_NAME, OutputRecords
 from merge.verify.checks import (
     check_edit,
     check_expected,
@@ -37,18 +41,17 @@ from merge.verify.metrics import SSIM_HINT, has_ssim, measure_pair
 from merge.verify.model import Check, CompareOptions, Edit, EditRow, Picture
 from merge.verify.ownership import refuse_foreign
 from merge.verify.page import render_page
-from merge.verify.record import check_record, read_run
-from merge.verify.report import IMAGES_NAME, PAGE_NAME, Report, write_report
+from merge.verify.record import check_record
+from merge.verify.report import Report, write_report
 from merge.verify.residual import Sample, make_sample, noise_left
 from merge.verify.roundtrip import round_trip
 from merge.verify.verdict import describe, failures, warnings
 from merge.verify.weights import (
     WeightsMeasured,
     load_weights,
+    main_weights,
     measure_weights,
-    unet_weights,
 )
-from merge.workers import Workers
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def verify_folder(
     target_weights: Sequence[Path] = (),
     strict: bool = False,
     on_edit: Callable[[int, int], None] | None = None,
-) -> Path:
+) -> Report:
     """Run edits with the settings of the folder's recipe, check them, write the report.
 
     Writes `report.json`, `report.html` and `images/` into the folder, whether the checks pass or
@@ -81,7 +84,7 @@ def verify_folder(
         on_edit: Called with the number of finished pictures and of all.
 
     Returns:
-        The path of `report.json`.
+        What was found; `report_to_json` gives the same as the file.
 
     Raises:
         VerificationError: a check failed, or warned and `strict`; the message names each with
@@ -121,17 +124,17 @@ def verify_folder(
             clip=clip_name,
             notes=tuple(_notes(job, background, bool(edits), bool(target_weights))),
         )
-    path = write_report(job.folder, report, render_page(report))
+    write_report(job.folder, report, render_page(report))
     refresh_card(job.folder)
-    _judge(report, path, strict)
-    return path
+    _judge(report, job.folder, strict)
+    return report
 
 
-def _judge(report: Report, path: Path, strict: bool) -> None:
+def _judge(report: Report, folder: Path, strict: bool) -> None:
     """Raise for what failed, and tell what warns."""
-    folder, total = path.parent, len(report.checks)
+    total = len(report.checks)
     failed, warned = failures(report.checks), warnings(report.checks)
-    hint = f"see {path.with_name(PAGE_NAME)} and {folder / IMAGES_NAME}"
+    hint = f"see {folder / PAGE_NAME} and {folder / IMAGES_NAME}"
     if failed:
         lines = "".join(f"\n  {line}" for line in describe(failed))
         raise VerificationError(
@@ -189,7 +192,7 @@ class _Progress:
             self._on_edit(self._done, self._total)
 
 
-class _Background:
+class _Background(Closable):
     """Hashes the files and measures the weights beside the edits."""
 
     def __init__(self, job: _Job, target_weights: Sequence[Path]) -> None:
@@ -197,13 +200,10 @@ class _Background:
         self._stop = threading.Event()
         self._workers = Workers(1, "weights")
         self._measured = self._workers.submit(
-            lambda: measure_weights(unet_weights(job.folder), target_weights, self._stop)
+            lambda: measure_weights(main_weights(job.folder), target_weights, self._stop)
         )
 
-    def __enter__(self) -> _Background:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._stop.set()
         self._workers.end()
         if self._files is not None:
@@ -222,9 +222,8 @@ class _Background:
 
 def _prepare(folder: Path, edits: Sequence[Edit]) -> _Job:
     refuse_foreign(folder)
-    recipe = read_locked_recipe(folder) or {}
-    text = (folder / LOCK_NAME).read_text(encoding="utf-8") if recipe else ""
-    manifest = read_manifest(folder) or {}
+    records = OutputRecords(folder)
+    recipe, manifest = records.recipe or {}, records.manifest or {}
     verify = recipe.get("verify") or {}
     seeds = verify.get("seeds") or [0]
     todo = tuple(
@@ -236,9 +235,9 @@ def _prepare(folder: Path, edits: Sequence[Edit]) -> _Job:
     return _Job(
         folder=folder,
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=records.lock_text if recipe else "",
         recipe_digest=str(manifest.get("recipe_digest") or ""),
-        run=read_run(folder),
+        run=records.run,
         files=manifest.get("files", {}),
         settings=_settings(verify),
         todo=todo,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from merge.editor import EditSettings
+from merge.editor.settings import EditSettings
 from merge.recipe.schema import EXPECTED_LIMIT
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from merge.errors import OutputExistsError
-from merge.verify.report import PAGE_NAME, REPORT_NAME
+from merge.json_files import read_json_if_any
+from merge.records.folder import PAGE_NAME, REPORT_NAME
 
 # As the page's `<meta name="generator">` has it.
 _GENERATOR = b'<meta name="generator" content="instruct-merge">'
@@ -30,11 +30,8 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def _is_our_report(path: Path) -> bool:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return bool(tree["tool"]["name"] == "instruct-merge")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
+    tool = read_json_if_any(path).get("tool")
+    return isinstance(tool, dict) and tool.get("name") == "instruct-merge"
 
 
 def _is_our_page(folder: Path) -> bool:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from merge.verify.checks import make_check
 from merge.verify.model import Check
 
-_RUN_NAME = "run.json"
 # A target that lies beyond distilled descends from neither; see `merge.engine.origin`.
 _BEYOND = 1.5
-
-
-def read_run(folder: Path) -> Mapping[str, Any]:
-    """Return a folder's `run.json`; empty where it is missing or broken."""
-    try:
-        tree = json.loads((folder / _RUN_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def check_record(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> list[Check]:

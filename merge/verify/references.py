@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from merge._version import __version__
-from merge.editor import EditSettings
+from merge.editor.settings import EditSettings
 from merge.verify.model import Picture
 
 _LOG = logging.getLogger(__name__)

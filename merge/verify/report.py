@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.editor import EditSettings, save_png
-from merge.manifest import json_bytes
+from merge.editor.png import save_png
+from merge.editor.settings import EditSettings
+from merge.json_files import json_bytes
+from merge.records.folder import IMAGES_NAME, PAGE_NAME, REPORT_NAME
 from merge.verify.checks import CHECKS
 from merge.verify.model import BlockNorm, Check, CompareOptions, EditRow, Target
 from merge.verify.verdict import describe, failures, not_judged, verdict, warnings
 from merge.writer.tensors import write_error
 
-REPORT_NAME = "report.json"
-PAGE_NAME = "report.html"
-IMAGES_NAME = "images"
 REPORT_VERSION = 1
 # Only what is named like this is taken for an older report's and removed.
 _IMAGE_NAME = re.compile(r"\d{2,}-\d+-(source|merged|expected|target|target_few)\.png", re.ASCII)
@@ -71,7 +70,7 @@ class Report:
         return warnings(self.checks)
 
 
-def write_report(folder: Path, report: Report, page: str) -> Path:
+def write_report(folder: Path, report: Report, page: str) -> None:
     """Write the report's files; pictures of an older report are removed.
 
     `report.json` comes last, so that what it names is there.
@@ -80,9 +79,6 @@ def write_report(folder: Path, report: Report, page: str) -> Path:
         folder: Where to.
         report: What was found.
         page: The HTML.
-
-    Returns:
-        The path of `report.json`.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -99,10 +95,9 @@ def write_report(folder: Path, report: Report, page: str) -> Path:
             if _IMAGE_NAME.fullmatch(path.name) and f"{IMAGES_NAME}/{path.name}" not in current:
                 path.unlink()
         _replace(folder / PAGE_NAME, page.encode())
-        _replace(folder / REPORT_NAME, json_bytes(report_tree(report)))
+        _replace(folder / REPORT_NAME, json_bytes(report_to_json(report)))
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
-    return folder / REPORT_NAME
 
 
 def image_names(index: int, row: EditRow) -> dict[str, str]:
@@ -114,7 +109,7 @@ def image_names(index: int, row: EditRow) -> dict[str, str]:
     }
 
 
-def report_tree(report: Report) -> dict[str, Any]:
+def report_to_json(report: Report) -> dict[str, Any]:
     """Return the contents of `report.json`."""
     target, compare = report.target, report.compare
     compared = None

@@ -29,9 +29,10 @@ from dataclasses import dataclass
 
 import torch
 
-from merge.editor import Editor, EditResult
 from merge.editor.denoise import Conditions, make_conditions
 from merge.editor.guidance import Rows
+from merge.editor.load import Editor
+from merge.editor.result import EditResult
 from merge.editor.text import encode_texts
 
 # Of the training timesteps: low enough that the picture still says where the noise is.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from merge.editor import Editor
+from merge.editor.load import Editor
 from merge.editor.vae import encode_pictures
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from merge.family.model import Blocks
+from merge.family.registry import main_names, recognise
 from merge.header import TensorSpec
-from merge.reader import Checkpoint, FileReader, read_checkpoint
+from merge.reader.checkpoint import Checkpoint, FileReader, read_checkpoint
 from merge.sources.select import select_weights
 from merge.verify.model import BlockNorm
 
@@ -32,7 +34,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class WeightsMeasured:
-    """What was found in the merged UNet's files.
+    """What was found in the merged model's files.
 
     Attributes:
         non_finite: Key to the number of NaN or infinite values, where there are any.
@@ -44,15 +46,16 @@ class WeightsMeasured:
     blocks: tuple[BlockNorm, ...]
 
 
-def unet_weights(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files of a pipeline folder's UNet.
+def main_weights(folder: Path) -> tuple[Path, ...]:
+    """Return the weight files of a pipeline folder's main component.
 
     Raises:
         SourceNotFoundError: it has none.
     """
-    unet = folder / "unet"
-    names = {path.name for path in unet.iterdir()} if unet.is_dir() else set()
-    return tuple(unet / name for name in select_weights(names, None, str(unet)).names)
+    known = main_names()
+    part = folder / next((name for name in known if (folder / name).is_dir()), known[0])
+    names = {path.name for path in part.iterdir()} if part.is_dir() else set()
+    return tuple(part / name for name in select_weights(names, None, str(part)).names)
 
 
 def measure_weights(
@@ -61,8 +64,8 @@ def measure_weights(
     """Count non-finite values, and measure each block's distance to the target.
 
     Args:
-        merged: The merged UNet's files.
-        target: The unmerged UNet's files under the same keys; empty measures no distance.
+        merged: The merged model's files.
+        target: The unmerged model's files under the same keys; empty measures no distance.
         stop: Set to leave off; what was measured until then is returned.
 
     Raises:
@@ -72,6 +75,8 @@ def measure_weights(
     theirs = read_checkpoint(target, allow_pickle=True) if target else None
     if theirs is not None and not _is_comparable(ours, theirs):
         theirs = None
+    found = recognise(ours.shapes)
+    groups = found.family.blocks if found is not None else Blocks()
     non_finite: dict[str, int] = {}
     squares: dict[str, list[float]] = {}
     with ExitStack() as stack:
@@ -90,11 +95,11 @@ def measure_weights(
             count, moved, size = _measure_tensor(our_readers[index], spec, other)
             if count:
                 non_finite[key] = count
-            total = squares.setdefault(block_of(key), [0.0, 0.0, 0])
+            total = squares.setdefault(groups.group(key), [0.0, 0.0, 0])
             total[0] += moved
             total[1] += size
             total[2] += spec.element_count
-    return WeightsMeasured(non_finite, _blocks(squares) if theirs is not None else ())
+    return WeightsMeasured(non_finite, _blocks(squares, groups) if theirs is not None else ())
 
 
 def load_weights(module: torch.nn.Module, files: Sequence[Path]) -> bool:
@@ -125,14 +130,6 @@ def load_weights(module: torch.nn.Module, files: Sequence[Path]) -> bool:
             values = _read(readers[index], spec, 0, spec.element_count)
             state[key].copy_(values.view(spec.shape))
     return True
-
-
-def block_of(key: str) -> str:
-    """Return the block of the UNet that a tensor belongs to, e.g. `down_blocks.0`."""
-    parts = key.split(".")
-    if parts[0] in ("down_blocks", "up_blocks"):
-        return ".".join(parts[:2])
-    return "conv_out" if parts[0] == "conv_norm_out" else parts[0]
 
 
 def _is_comparable(ours: Checkpoint, theirs: Checkpoint) -> bool:
@@ -177,20 +174,12 @@ def _read(reader: FileReader, spec: TensorSpec, first: int, length: int) -> torc
     return values if spec.dtype == "F64" else values.to(torch.float32)
 
 
-def _blocks(squares: Mapping[str, Sequence[float]]) -> tuple[BlockNorm, ...]:
+def _blocks(squares: Mapping[str, Sequence[float]], groups: Blocks) -> tuple[BlockNorm, ...]:
     return tuple(
         BlockNorm(
             name,
             (squares[name][0] / squares[name][1]) ** 0.5 if squares[name][1] else 0.0,
             int(squares[name][2]),
         )
-        for name in sorted(squares, key=_place)
+        for name in sorted(squares, key=groups.group_rank)
     )
-
-
-def _place(name: str) -> tuple[int, int, str]:
-    """Order blocks as data flows through the UNet."""
-    order = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks")
-    stem, _, number = name.partition(".")
-    rank = order.index(stem) if stem in order else len(order)
-    return rank, int(number) if number.isdecimal() else 0, stem

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from merge.errors import MergeError, OutputError, OutputExistsError, ResumeError
-from merge.reader import FileReader
+from merge.reader.checkpoint import FileReader
 from merge.writer.exchange import exchange
 from merge.writer.journal import JOURNAL_NAME, overtaken
 from merge.writer.overlap import identity

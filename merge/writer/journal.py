@@ -13,9 +13,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from merge.background.closable import Closable
 from merge.errors import ResumeError
 from merge.writer.tensors import write_error
 
@@ -44,7 +44,7 @@ class JournalMark:
     overflows: Mapping[str, int] = field(default_factory=dict)
 
 
-class Journal:
+class Journal(Closable):
     """The journal of one unfinished output, locked while it is open."""
 
     def __init__(self, path: Path, descriptor: int, checkpoints: tuple[JournalMark, ...]) -> None:
@@ -86,15 +86,8 @@ class Journal:
             os.close(descriptor)
             raise
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let others go on with the output."""
         os.close(self._fd)
 
     def add(self, checkpoint: JournalMark) -> None:

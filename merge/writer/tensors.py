@@ -5,12 +5,36 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import TracebackType
+from typing import Protocol
 
+from merge.background.closable import Closable
 from merge.errors import NoSpaceError, OutputError
 
 
-class TensorFileWriter:
+class TensorSink(Protocol):
+    """Takes the bytes of a tensor file at known positions, from several threads."""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Take all of a buffer."""
+        ...
+
+
+class MemoryFile:
+    """A tensor file in memory.
+
+    Attributes:
+        data: Header and data.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.data = memoryview(bytearray(size_bytes))
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Take all of a buffer."""
+        self.data[offset : offset + data.nbytes] = data.cast("B")
+
+
+class TensorFileWriter(Closable):
     """One output file: data first, header last.
 
     Until `finish` the first bytes are zero, a header length that every reader refuses, so a file
@@ -41,17 +65,6 @@ class TensorFileWriter:
         except OSError as error:
             self.close()
             raise write_error(path, error) from error
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; without `finish` it stays unreadable."""

@@ -37,7 +37,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent))
 
 import machine  # noqa: E402
 
-from merge.reader import FileReader, read_checkpoint  # noqa: E402
+from merge.reader.checkpoint import FileReader, read_checkpoint  # noqa: E402
 
 PEAK_LIMIT_MB = 450
 TIME_LIMIT = 1.5

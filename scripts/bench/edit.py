@@ -47,8 +47,13 @@ import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from merge.editor import Editor, EditRequest, EditSettings, edit, edit_many  # noqa: E402
-from merge.editor.load import compile_model  # noqa: E402
+from merge.editor.batches import edit, edit_many  # noqa: E402
+from merge.editor.load import (  # noqa: E402
+    Editor,
+    compile_model,
+)
+from merge.editor.result import EditRequest  # noqa: E402
+from merge.editor.settings import EditSettings  # noqa: E402
 
 INSTRUCTION = "make it a rainy evening in autumn"
 # Nine tenths of what the numbers of rows allow: 12 against 8, and 150 against 8.

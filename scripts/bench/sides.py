@@ -50,8 +50,9 @@ def run_naive(options: argparse.Namespace) -> dict[str, Any]:
 def merge_stage(folder: Path, threads: int, device: str) -> dict[str, float]:
     """Plan `recipe.yaml` of a folder and merge its UNet there, without hashes."""
     from merge import build_plan, load_recipe, resolve_sources
-    from merge.engine import choose_device, execute_plan
-    from merge.writer import TensorFileWriter
+    from merge.engine.device import choose_device
+    from merge.engine.execute import execute_plan
+    from merge.writer.tensors import TensorFileWriter
 
     begun = time.perf_counter()
     recipe = load_recipe(folder / "recipe.yaml")

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from merge import EditSettings, edit_many, load_editor, load_recipe, run_recipe
-from merge.editor import EditRequest
+from merge.editor.result import EditRequest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -1,0 +1,164 @@
+"""Write copies as one safetensors file: constant memory, hashed beside the copy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from merge.background.file_digest import FileDigest
+from merge.errors import CheckpointError
+from merge.header import DTYPE_BITS, Header, TensorSpec, encode_header
+from merge.reader.checkpoint import FileReader
+from merge.writer.copies.model import Scale, TensorCopy, TensorPiece
+from merge.writer.copies.scaled import scale_values, to_float32
+from merge.writer.tensors import TensorFileWriter
+
+# Small enough to stay in a core's cache between the read and the write.
+CHUNK_BYTES = 1024 * 1024
+
+
+class StoppedError(Exception):
+    """The copy was told to stop; the file is not finished."""
+
+
+def plan_header(copies: Sequence[TensorCopy], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
+    """Return the first bytes of the file that these copies make, and their parsed form.
+
+    Raises:
+        CheckpointError: two copies have the same name.
+    """
+    specs: dict[str, tuple[str, Sequence[int]]] = {}
+    for copy in copies:
+        if copy.name in specs:
+            raise CheckpointError(f"{copy.name}: two tensors would get this name")
+        specs[copy.name] = (copy.dtype, copy.shape)
+    return encode_header(specs, metadata)
+
+
+def write_tensor_copies(
+    path: Path,
+    copies: Sequence[TensorCopy],
+    metadata: Mapping[str, str],
+    *,
+    on_bytes: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+) -> tuple[int, str]:
+    """Write a safetensors file of tensors that lie in other files.
+
+    The data is written first and the header last, so that an unfinished file never opens.
+
+    Args:
+        path: The new file; must not exist.
+        copies: In any order; the file has the reference library's.
+        metadata: Strings of its header.
+        on_bytes: Told the size of each chunk that was written.
+        stop: When set, the copy is given up.
+
+    Returns:
+        Size in bytes and SHA-256 of the file.
+
+    Raises:
+        CheckpointError: two copies have the same name.
+        IntegrityError: an input changed since it was planned, or while it was read.
+        OutputError: the file cannot be written.
+        StoppedError: `stop` was set.
+    """
+    head, header = plan_header(copies, metadata)
+    by_name = {copy.name: copy for copy in copies}
+    with ExitStack() as stack:
+        readers: dict[Path, FileReader] = {}
+        inputs = (part for copy in copies for piece in copy.pieces for part in piece.inputs)
+        stamps = {part.path: part.stamp for part in inputs}
+        for source, stamp in stamps.items():
+            readers[source] = stack.enter_context(FileReader(source, stamp))
+        writer = stack.enter_context(TensorFileWriter(path, header.file_bytes))
+        digest = FileDigest(writer.read_into, head, header.file_bytes)
+        stack.callback(digest.stop)
+        digest.start()
+        sink = _Sink(writer, digest, on_bytes, stop)
+        for spec in header.tensors:
+            _write_tensor(by_name[spec.name], spec, readers, sink)
+        for source, reader in readers.items():
+            reader.check_unchanged(stamps[source])
+        sha256 = digest.result()
+        writer.finish(head)
+    return header.file_bytes, sha256
+
+
+class _Sink:
+    """Where chunks go, one after the other."""
+
+    def __init__(
+        self,
+        writer: TensorFileWriter,
+        digest: FileDigest,
+        on_bytes: Callable[[int], None] | None,
+        stop: threading.Event | None,
+    ) -> None:
+        self.buffer = memoryview(bytearray(CHUNK_BYTES))
+        self._writer = writer
+        self._digest = digest
+        self._on_bytes = on_bytes
+        self._stop = stop
+
+    def write(self, data: memoryview, offset: int) -> None:
+        if self._stop is not None and self._stop.is_set():
+            raise StoppedError
+        self._writer.write(data, offset)
+        self._digest.advance(offset + len(data))
+        if self._on_bytes is not None:
+            self._on_bytes(len(data))
+
+
+def _write_tensor(
+    copy: TensorCopy, spec: TensorSpec, readers: Mapping[Path, FileReader], sink: _Sink
+) -> None:
+    if copy.transposed:
+        sink.write(_transposed(copy, readers), spec.start)
+        return
+    offset = spec.start
+    for piece in copy.pieces:
+        scales = _read_scales(piece, readers)
+        reader = readers[piece.path]
+        for begin in range(0, piece.size_bytes, CHUNK_BYTES):
+            chunk = sink.buffer[: min(CHUNK_BYTES, piece.size_bytes - begin)]
+            reader.read_into(chunk, piece.start + begin)
+            if piece.scale is not None:
+                chunk = _scaled(chunk, piece.scale, scales, begin)
+            sink.write(chunk, offset)
+            offset += len(chunk)
+
+
+def _read_scales(piece: TensorPiece, readers: Mapping[Path, FileReader]) -> Any:
+    """Return the factors of a piece as float32; None where there are none."""
+    if piece.scale is None:
+        return None
+    numbers = piece.scale.numbers
+    data = readers[numbers.path].read(numbers.start, numbers.size_bytes)
+    return to_float32(memoryview(data), piece.scale.numbers_dtype)
+
+
+def _scaled(data: memoryview, scale: Scale, scales: Any, begin: int) -> memoryview:
+    """Return stored numbers from byte `begin` of a piece on as values in float32."""
+    values = to_float32(data, scale.dtype)
+    scale_values(values, scales, begin * 8 // DTYPE_BITS[scale.dtype], scale.row_elements)
+    return memoryview(values.data).cast("B")
+
+
+def _transposed(copy: TensorCopy, readers: Mapping[Path, FileReader]) -> memoryview:
+    """Return a matrix read whole and turned; the largest is a text projection of 7 MB."""
+    # Here, since planning needs this package and not numpy, which takes 0.1 s to import.
+    import numpy as np
+
+    (piece,) = copy.pieces
+    rows, columns = copy.shape
+    data = memoryview(bytearray(piece.size_bytes))
+    readers[piece.path].read_into(data, piece.start)
+    if piece.scale is not None:
+        data = _scaled(data, piece.scale, _read_scales(piece, readers), 0)
+    width = DTYPE_BITS[copy.dtype] // 8
+    matrix = np.frombuffer(data, dtype=f"u{width}").reshape(columns, rows)
+    return memoryview(matrix.T.tobytes())
