@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from merge.publication.publish import publish
     from merge.recipe.load import load_recipe
     from merge.records.lock.read import load_lock
+    from merge.run.finish import merge_in_memory
+    from merge.run.prepare import prepare_run
     from merge.run.repetition import reproduce
     from merge.run.stages import run_recipe
     from merge.sources.resolve import resolve_sources
@@ -51,6 +53,8 @@ _HOMES = {
     "load_image": "merge.editor.pictures",
     "load_lock": "merge.records.lock.read",
     "load_recipe": "merge.recipe.load",
+    "merge_in_memory": "merge.run.finish",
+    "prepare_run": "merge.run.prepare",
     "publish": "merge.publication.publish",
     "reproduce": "merge.run.repetition",
     "resolve_sources": "merge.sources.resolve",
@@ -73,6 +77,8 @@ __all__ = [
     "load_image",
     "load_lock",
     "load_recipe",
+    "merge_in_memory",
+    "prepare_run",
     "publish",
     "reproduce",
     "resolve_sources",

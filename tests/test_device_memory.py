@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import merge.engine.buffers as buffers
 import merge.run.merging as merging
 from merge import build_plan, load_recipe, resolve_sources, run_recipe
+from merge.engine.block_worker import BlockWorker
 from merge.engine.device import device_errors
 from merge.engine.execute import execute_plan
-from merge.engine.lane import Lane
 from merge.engine.units import TensorState, cut_units
 from merge.errors import DeviceError, DeviceMemoryError
 from merge.reader.checkpoint import FileReader
@@ -77,14 +77,14 @@ class FakeGpu:
     def __init__(self, patch: pytest.MonkeyPatch, refusal: BaseException, after: int) -> None:
         self.devices: list[str] = []
         self.left = after
-        run_unit = Lane.run
+        run_unit = BlockWorker.run
 
-        def run_until_full(lane: Lane, *arguments: Any) -> None:
+        def run_until_full(worker: BlockWorker, *arguments: Any) -> None:
             if self.devices[-1] == "cuda:0":
                 if self.left == 0:
                     raise refusal
                 self.left -= 1
-            run_unit(lane, *arguments)
+            run_unit(worker, *arguments)
 
         def choose(name: str) -> torch.device:
             return torch.device("cpu") if name == "cpu" else CUDA
@@ -101,7 +101,7 @@ class FakeGpu:
         patch.setattr("merge.engine.device.choose_device", choose)
         patch.setattr("merge.engine.device.device_words", str)
         patch.setattr("merge.engine.execute.execute_plan", execute)
-        patch.setattr(Lane, "run", run_until_full)
+        patch.setattr(BlockWorker, "run", run_until_full)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=["by torch", "by CUDA"])
@@ -275,7 +275,7 @@ def test_a_worker_holds_a_few_blocks_whatever_the_tensors_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """As on a GPU, where torch's own operations add and every temporary is device memory."""
-    monkeypatch.setattr("merge.engine.lane.load_library", lambda: None)
+    monkeypatch.setattr("merge.engine.block_worker.load_library", lambda: None)
     block, rows, columns = 64 * 1024, 1024, 2048
     dtype = torch.float16 if kind == "float16" else torch.float32
     key = "mid_block.large.weight"
@@ -291,7 +291,7 @@ def test_a_worker_holds_a_few_blocks_whatever_the_tensors_size(
         lora |= {f"{stem}.lora_up.weight": torch.randn(rows, 8)}
         save_file(lora, tmp_path / "lora.safetensors")
         changes["models"] = {"distilled": "./lora.safetensors", "target": "./target"}
-        monkeypatch.setattr("merge.engine.lane.PRODUCT_ELEMENTS", 2 * block)
+        monkeypatch.setattr("merge.engine.block_worker.PRODUCT_ELEMENTS", 2 * block)
     recipe = load_recipe(write_recipe(tmp_path, **changes))
     plan = build_plan(recipe, resolve_sources(recipe))
     (unet,) = plan.components
@@ -302,10 +302,10 @@ def test_a_worker_holds_a_few_blocks_whatever_the_tensors_size(
         stack.enter_context(writer)
         cpu = torch.device("cpu")
         live = stack.enter_context(LiveBytes())
-        lane = Lane(plan, unet, readers, writer, cpu, block, "clamp")
+        worker = BlockWorker(plan, unet, readers, writer, cpu, block, "clamp")
         for unit in cut_units(unet.tensors):
             if unit.tensor == index:
-                lane.run(unit, TensorState(1))
+                worker.run(unit, TensorState(1))
     assert unet.tensors[index].is_merged
     whole = rows * columns * 4
     assert whole == 32 * block * 4
@@ -333,7 +333,7 @@ def test_an_overflow_looks_at_its_own_block_of_the_inputs_alone(
         return real(self, ref, start, count, slot)
 
     monkeypatch.setattr(buffers.Buffers, "read_both", counted)
-    monkeypatch.setattr("merge.engine.lane.load_library", lambda: None)
+    monkeypatch.setattr("merge.engine.block_worker.load_library", lambda: None)
     monkeypatch.setattr("merge.engine.execute.CPU_BLOCK_ELEMENTS", 64)
     changes = {"weight": 2.0, "out_dtype": "float32", "on_overflow": "clamp"}
     recipe = load_recipe(write_recipe(tmp_path, **changes))

@@ -29,11 +29,11 @@ def run(place: Path, *overrides: str) -> None:
     run_recipe(recipe, place / "out", overwrite=True, verify=False, threads=1)
 
 
-@pytest.fixture(params=["exchange", "rename"])
+@pytest.fixture(params=["swap_names", "rename"])
 def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How an old output is replaced: in one step, or in two where the system has no such step."""
     if request.param == "rename":
-        monkeypatch.setattr(folder_module, "exchange", lambda *_: False)
+        monkeypatch.setattr(folder_module, "swap_names", lambda *_: False)
     return str(request.param)
 
 
@@ -55,8 +55,8 @@ class Faults:
         patch.setattr(os, "close", closed)
         for name in CALLS:
             patch.setattr(os, name, self._wrap(name, getattr(os, name)))
-        exchange = folder_module.exchange
-        patch.setattr(folder_module, "exchange", self._wrap("exchange", exchange))
+        swap_names = folder_module.swap_names
+        patch.setattr(folder_module, "swap_names", self._wrap("swap_names", swap_names))
 
     def fail(self, index: int, number: int) -> None:
         """Let the call of this index fail with an error number, or kill; counted from now."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge import MergeError, load_recipe, run_recipe
-from merge.engine import buffers, execute, lane
+from merge.engine import block_worker, buffers, execute
 from merge.engine.buffers import StagedBuffers
 from merge.errors import EngineError, IntegrityError, NonFiniteError
 from merge.plan.memory import CPU_BLOCK_ELEMENTS
@@ -360,8 +360,8 @@ def test_an_input_that_changes_during_the_run_is_caught(
     write_recipe(tmp_path)
     original = execute._run_workers
 
-    def run_then_change(lanes: object, queue: object) -> None:
-        original(lanes, queue)
+    def run_then_change(workers: object, queue: object) -> None:
+        original(workers, queue)
         write_unet(tmp_path / "base", {k: v + 1 for k, v in models["base"].items()})
 
     monkeypatch.setattr(execute, "_run_workers", run_then_change)
@@ -496,7 +496,7 @@ def test_a_four_channel_conv_in_lora_follows_the_channel_rule(tmp_path: Path) ->
 
 
 class HostBuffers(StagedBuffers):
-    """The CUDA lane's transfers on the CPU: device buffers of its own and a host that is reused."""
+    """CUDA transfers on the CPU: device buffers of its own and a host that is reused."""
 
     transfers = 0
 
@@ -539,8 +539,8 @@ def test_transfers_through_device_buffers_give_the_same_bytes(
         plain = merge(tmp_path)
         HostBuffers.transfers = 0
         with monkeypatch.context() as patch:
-            patch.setattr(lane, "make_buffers", HostBuffers)
-            patch.setattr(lane, "load_library", lambda: None)
+            patch.setattr(block_worker, "make_buffers", HostBuffers)
+            patch.setattr(block_worker, "load_library", lambda: None)
             through = merge(tmp_path)
         assert HostBuffers.transfers > 10
         for key, tensor in plain.items():

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import save_file
 
-import merge.engine.lane as lane
+import merge.engine.block_worker as worker
 from merge import load_recipe, run_recipe
 from merge.engine import fused
 from merge.engine.fused import LIBRARY, load_library
@@ -290,7 +290,7 @@ def test_with_and_without_the_library_the_output_has_the_same_bytes(
     monkeypatch.setattr(fused.FusedAdder, "_result", counted)
     one = output("one-pass")
     assert calls
-    monkeypatch.setattr(lane, "load_library", lambda: None)
+    monkeypatch.setattr(worker, "load_library", lambda: None)
     calls.clear()
     assert output("torch") == one
     assert not calls
@@ -305,7 +305,7 @@ def test_the_error_is_the_same_with_and_without_the_library(
         with pytest.raises(NonFiniteError, match="large.weight: 231 of 231 values are") as caught:
             run_recipe(load_recipe(models / "mini.yaml"), models / "out", verify=False)
         errors.append((str(caught.value), caught.value.hint))
-        monkeypatch.setattr(lane, "load_library", lambda: None)
+        monkeypatch.setattr(worker, "load_library", lambda: None)
     assert errors[0] == errors[1]
 
 

@@ -20,7 +20,7 @@ from merge.methods.table import METHODS
 from tests.mini import bits, write_models, write_unet
 from tests.test_lora_merge import CONV, CONV_IN, DORA, FORMS, PROJ, TO_K, Tensors, kohya, random
 from tests.test_methods_merge import BIG, merge, write_two, write_two_recipe
-from tests.test_settle import order_matters
+from tests.test_order_free import order_matters
 
 DEVICE = "cuda"
 # Several blocks of the engine and several pieces of the methods, with ragged ends.

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lycoris.functional import locon, loha, lokr
 from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
 
-from merge.lora.delta import delta_rows, dora_delta_rows, row_steps
-from merge.lora.forms import product_of
+from merge.lora.dora import dora_delta_rows
+from merge.lora.forms.table import delta_rows, product_of, row_steps
 
 Arrays = dict[str, np.ndarray]
 FULL = {"lora": "", "locon": "", "loha": "hada_", "lokr": "lokr_"}

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from merge.methods.arrays import dot, kth_smallest, pieces, round_float32
-from merge.methods.consensus import trim
 from merge.methods.random_mask import keep_mask, random_words
 from merge.methods.table import METHODS
+from merge.methods.ties import trim
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mergekit.json").read_text())
 UNIT = 2.0**-24
@@ -29,8 +29,8 @@ GOLDEN_WORDS = [
     [4277198570, 3356782460, 2837512825, 542009004],
     [791983785, 2709370418, 279025449, 3592993410],
 ]
-COMBINED = [method for method in METHODS.values() if method.combine is not None]
-STREAMED = [method for method in COMBINED if method.scope == "element"]
+COMBINED = [method for method in METHODS.values() if not method.is_sum]
+STREAMED = [method for method in COMBINED if not method.is_whole]
 KEY = "conv_in.weight"
 VALUES = st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 2.0**-149, 0.5, -0.5])
 
@@ -52,13 +52,11 @@ def combine(
     convert = torch.from_numpy if library == "torch" else np.asarray
     result = convert(target.copy())
     pairs = [(convert(d.copy()), convert(b.copy())) for d, b in models]
-    extra = {"parents": pairs} if method.needs_parents else {}
     # numpy gives no array but a number for arrays without dimensions.
     as_array = torch.asarray if library == "torch" else np.asarray
     deltas = [as_array(distilled - base) for distilled, base in pairs]
-    assert method.combine is not None
     rounded = [round_float32(weight) for weight in weights]
-    assert method.combine(result, deltas, rounded, filled, key, start, **extra) is None
+    method.merge(result, deltas, rounded, filled, key=key, start=start, parents=pairs)
     return np.asarray(result)
 
 
@@ -154,7 +152,7 @@ WEIGHTS = [[1.0], [0.7], [-0.5], [1.0, 1.0], [0.5, 2.0], [0.3, -1.1], [0.2, 0.7,
 
 def test_every_method_has_cases() -> None:
     assert set(PARAMS) == {method.name for method in COMBINED}
-    assert METHODS["add_difference"].combine is None
+    assert METHODS["add_difference"].is_sum
 
 
 # Against other implementations ----------------------------------------------------------------
@@ -260,10 +258,9 @@ def test_a_view_of_the_target_is_changed_and_nothing_beside_it(method: Any, libr
     wide = np.full((6, 40), 7, np.float32)
     wide[:, :20] = target
     pairs = [(library(d.copy()), library(b.copy())) for d, b in models]
-    extra = {"parents": pairs} if method.needs_parents else {}
     deltas = [distilled - base for distilled, base in pairs]
     view = library(wide)[:, :20]
-    method.combine(view, deltas, [1.0, 0.5], method.fill({}), KEY, 0, **extra)
+    method.merge(view, deltas, [1.0, 0.5], method.fill({}), key=KEY, start=0, parents=pairs)
     assert bits_equal(
         np.ascontiguousarray(wide[:, :20]), combine(method.name, target, models, [1.0, 0.5])
     )

@@ -32,8 +32,8 @@ from tests.test_methods_combine import combine
 
 BIG = "mid_block.attentions.0.proj_out.weight"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-COMBINED = [name for name, method in METHODS.items() if method.combine is not None]
-WHOLE = [name for name, method in METHODS.items() if method.scope == "tensor"]
+COMBINED = [name for name, method in METHODS.items() if not method.is_sum]
+WHOLE = [name for name, method in METHODS.items() if method.is_whole]
 PARAMS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
     "dare": {"density": 0.6, "seed": 11},

@@ -89,8 +89,8 @@ def test_peak_memory_grows_with_threads_and_not_with_models(tmp_path: Path) -> N
     write_models(tmp_path)
     write_recipe(tmp_path)
     small = plan_of(tmp_path)
-    two = peak_bytes(small.tensors, 2)
-    assert peak_bytes(small.tensors, 4) > two
+    two = peak_bytes(small, 2)
+    assert peak_bytes(small, 4) > two
     assert two < 450_000_000
 
 

@@ -13,7 +13,7 @@ from merge import load_recipe, run_recipe
 from merge.errors import MergeError, PlanError
 from merge.family.foreign import foreign_lora
 from merge.family.stable_diffusion import SD1
-from merge.lora.delta import delta_rows
+from merge.lora.forms.table import delta_rows
 from merge.lora.parse import parse_adapters
 from merge.lora.roles import down_factors
 from tests.mini import plan_of, read_output, write_models, write_recipe

@@ -169,7 +169,7 @@ def interrupted_in_start(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
 
 
-@pytest.mark.parametrize("prefix", ["digest", "lane", "files"])
+@pytest.mark.parametrize("prefix", ["digest", "merge", "files"])
 def test_a_signal_while_a_thread_starts_leaves_no_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
@@ -186,7 +186,7 @@ def test_a_signal_while_a_thread_starts_leaves_no_thread(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_lane_has_left_the_file_before_it_is_closed(
+def test_every_worker_has_left_the_file_before_it_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_models(tmp_path)
@@ -204,7 +204,7 @@ def test_every_lane_has_left_the_file_before_it_is_closed(
 
     def start_and_interrupt(thread: threading.Thread) -> None:
         start(thread)
-        if thread.name.startswith("lane"):
+        if thread.name.startswith("merge"):
             assert at_work.wait(10)
             raise KeyboardInterrupt
 

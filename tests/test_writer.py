@@ -20,8 +20,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-import merge.writer.exchange as exchange_module
 import merge.writer.folder as folder_module
+import merge.writer.renames as renames_module
 from merge.errors import (
     CheckpointError,
     IntegrityError,
@@ -413,12 +413,12 @@ def test_a_replacement_that_fails_gives_the_old_output_back(
         count()
         real(source, destination, **options)
 
-    def exchange(first: Path, second: Path) -> bool:
+    def swap_names(first: Path, second: Path) -> bool:
         count()
-        return has_exchange and folder_exchange(first, second)
+        return has_exchange and folder_swap(first, second)
 
-    folder_exchange = folder_module.exchange
-    monkeypatch.setattr(folder_module, "exchange", exchange)
+    folder_swap = folder_module.swap_names
+    monkeypatch.setattr(folder_module, "swap_names", swap_names)
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OutputError, match="cannot write .*out: Input/output error"):
@@ -471,7 +471,7 @@ def test_a_name_taken_between_check_and_rename_is_not_lost(
 def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Systems with and without a rename that never replaces."""
     if request.param == "no call":
-        monkeypatch.setattr(exchange_module, "_rename", lambda *_: False)
+        monkeypatch.setattr(renames_module, "_rename", lambda *_: False)
 
 
 @pytest.mark.usefixtures("renaming")

@@ -110,11 +110,12 @@ def _formula(facts: CardFacts) -> str:
     ]
     weights = recipe.table("block_weights").numbers()
     lines += [f"| weight of {code(glob)} | {value:g} |" for glob, value in weights.items()]
+    components = recipe.texts("components") or [facts.family.main.name]
     exclude = recipe.texts("exclude")
     if exclude:
         lines.append(f"| kept from the target | {', '.join(map(code, exclude))} |")
     lines += [
-        f"| components | {', '.join(map(code, recipe.texts('components'))) or '`unet`'} |",
+        f"| components | {', '.join(map(code, components))} |",
         f"| first convolution, 8 channels on 4 | {code(recipe.text('channel_rule', 'skip'))} |",
         f"| guidance embedding | {code(recipe.text('guidance_embedding', 'drop'))} |",
     ]

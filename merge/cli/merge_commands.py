@@ -124,7 +124,7 @@ def plan_command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None
         sources = lock.pin(sources)
     plan = build_plan(loaded, sources)
     _tell_download(sources)
-    peak = peak_bytes(plan.tensors, default_threads())
+    peak = peak_bytes(plan, default_threads())
     if as_json:
         print_json(plan_to_json(plan, peak))
     else:

@@ -12,7 +12,7 @@ from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFil
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.family.expected.fit import fit_to_config
 from merge.family.model import Recognised
-from merge.family.registry import main_names, recognise
+from merge.family.registry import FAMILIES, main_names, recognise
 from merge.json_files import read_json
 from merge.plan.compat import WHOLE_HINT
 from merge.reader.checkpoint import Checkpoint, read_checkpoint, verify_records
@@ -79,9 +79,11 @@ def check_pickles(parts: Mapping[str, Checkpoint]) -> None:
 def _read_component(source: Path, name: str, allow_pickle: bool) -> Checkpoint:
     folder = source / name
     if not folder.is_dir():
+        single = FAMILIES[-1].single_file
+        *first, last = single.components if single is not None else (name,)
         raise SourceNotFoundError(
             f"{source} lacks the folder {name}, which a single file needs",
-            hint="a whole pipeline folder has unet, vae and text_encoder",
+            hint=f"a whole pipeline folder has {', '.join(first)} and {last}",
         )
     names = {path.name for path in folder.iterdir() if path.is_file()}
     weights = select_weights(names, None, str(folder), allow_pickle=allow_pickle)

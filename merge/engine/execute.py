@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from merge.background.workers import Workers
+from merge.engine.block_worker import BlockWorker, OutOfRangeError
 from merge.engine.device import device_errors
-from merge.engine.lane import Lane, OutOfRangeError
 from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge.plan.model import ComponentPlan, MergePlan
@@ -86,11 +86,13 @@ def execute_plan(
     with ExitStack() as stack:
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
         with _single_threaded_operators(), device_errors(device):
-            lanes = [
-                Lane(plan, component, readers, writer, device, block, recipe.on_overflow, number)
+            workers = [
+                BlockWorker(
+                    plan, component, readers, writer, device, block, recipe.on_overflow, number
+                )
                 for number in range(min(threads, max(1, len(units))))
             ]
-            _run_workers(lanes, queue)
+            _run_workers(workers, queue)
         for reader, file in zip(readers, plan.files, strict=True):
             reader.check_unchanged(file.stamp)
     merged = [
@@ -103,37 +105,37 @@ def execute_plan(
     return MergeResult(len(merged), unchanged, overflows, time.perf_counter() - started)
 
 
-def _run_workers(lanes: list[Lane], queue: WorkQueue) -> None:
-    failures: list[tuple[Unit, Lane, BaseException]] = []
+def _run_workers(workers: list[BlockWorker], queue: WorkQueue) -> None:
+    failures: list[tuple[Unit, BlockWorker, BaseException]] = []
 
-    def work(lane: Lane) -> None:
+    def work(worker: BlockWorker) -> None:
         for unit in queue.take():
             try:
-                _run_unit(lane, unit, queue)
+                _run_unit(worker, unit, queue)
             except BaseException as error:
-                failures.append((unit, lane, error))
+                failures.append((unit, worker, error))
                 queue.stop()
 
-    workers = Workers(len(lanes), "lane")
+    threads = Workers(len(workers), "merge")
     try:
-        wait([workers.submit(work, lane) for lane in lanes])
+        wait([threads.submit(work, worker) for worker in workers])
     finally:
         # On Ctrl-C the files stay open until every worker has left its block; leaving while one
         # computes would crash the interpreter.
         queue.stop()
-        workers.end()
+        threads.end()
     if failures:
         # The first failure in file order, so that the message does not depend on the threads.
-        unit, lane, error = min(failures, key=lambda item: (item[0].tensor, item[0].start))
-        raise lane.diagnose(unit.tensor) if isinstance(error, OutOfRangeError) else error
+        unit, worker, error = min(failures, key=lambda item: (item[0].tensor, item[0].start))
+        raise worker.diagnose(unit.tensor) if isinstance(error, OutOfRangeError) else error
 
 
-def _run_unit(lane: Lane, unit: Unit, queue: WorkQueue) -> None:
+def _run_unit(worker: BlockWorker, unit: Unit, queue: WorkQueue) -> None:
     state = queue.states[unit.tensor]
-    lane.run(unit, state)
+    worker.run(unit, state)
     if queue.is_last(unit):
-        if lane.has_delta(unit.tensor) and not state.changed:
-            lane.keep(unit.tensor, state)
+        if worker.has_delta(unit.tensor) and not state.changed:
+            worker.keep(unit.tensor, state)
         queue.finish_tensor(unit.tensor)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, Buffers
-from merge.engine.settle import Factored
+from merge.engine.order_free import Factored
 from merge.plan.memory import panel_elements
 from merge.plan.model import TensorPlan
 

@@ -9,9 +9,9 @@ import torch
 
 from merge.engine.bake import bake_bias, guidance_embedding
 from merge.engine.buffers import Buffers
-from merge.engine.settle import Factored, settle
-from merge.lora.delta import delta_rows, dora_delta_columns, dora_delta_rows, row_steps
-from merge.methods.add_difference import add_difference
+from merge.engine.order_free import Factored, make_order_free
+from merge.lora.dora import dora_delta_columns, dora_delta_rows
+from merge.lora.forms.table import delta_rows, row_steps
 from merge.methods.table import METHODS
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan
 from merge.plan.terms import round_weight
@@ -78,18 +78,22 @@ class TermAdder:
         Returns:
             True when an element of any delta differs from zero.
         """
-        if self._method.combine is not None:
+        if not self._method.is_sum:
             return self._combine(tensor, factors, values, start)
         changed = is_changed
         for term in tensor.deltas:
-            view, distilled, base = self._delta(tensor, term, values, start)
-            add_difference(view, distilled, base, term.weight)
-            changed = changed or _has_values(distilled)
+            view, delta = self._delta(tensor, term, values, start)
+            self._sum(view, delta, term.weight)
+            changed = changed or _has_values(delta)
         if tensor.loras:
             view, delta = self._loras(tensor, values, start)
-            view += delta
+            self._sum(view, delta, 1.0)
             changed = changed or _has_values(delta)
         return changed
+
+    def _sum(self, view: torch.Tensor, delta: torch.Tensor, weight: float) -> None:
+        """Let a method that only adds deltas add one of them."""
+        self._method.merge(view, [delta], [weight], self._params)
 
     def baked(self, term: BakeTerm, linear: torch.Tensor) -> torch.Tensor:
         """Return what the bias gains, `(out,)` in float64.
@@ -109,14 +113,12 @@ class TermAdder:
 
     def _delta(
         self, tensor: TensorPlan, term: DeltaTerm, values: torch.Tensor, start: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the part of a block that a delta covers, and distilled and base there."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the part of a block that a delta covers, and the delta, without its weight."""
         view, start, count = self._covered(tensor, values, start)
-        distilled = self._buffers.read_float(term.distilled, start, count, 1)
-        base = self._buffers.read_float(term.base, start, count, 2)
-        if view is values:
-            return view, distilled, base
-        return view, distilled.view(view.shape), base.view(view.shape)
+        delta = self._buffers.read_float(term.distilled, start, count, 1)
+        delta -= self._buffers.read_float(term.base, start, count, 2)
+        return view, delta if view is values else delta.view(view.shape)
 
     @staticmethod
     def _covered(
@@ -141,7 +143,7 @@ class TermAdder:
             start: First element of the range, the begin of a row.
             count: Elements, whole rows.
         """
-        if not tensor.loras or self._method.combine is not None:
+        if not tensor.loras or not self._method.is_sum:
             return
         first = start // tensor.row_elements
         rows = count // tensor.row_elements
@@ -162,7 +164,7 @@ class TermAdder:
                 products.append(_matrices(term, parts, first, rows, scale))
         self._prepared, self._first_row = total, first
         if _depends_on_order(tensor.loras):
-            settle(total, products, self.product(tensor, start, count)[1])
+            make_order_free(total, products, self.product(tensor, start, count)[1])
 
     def _is_folded(self, term: LoraTerm) -> bool:
         """Return True when the scale is put into a factor, where there are fewer elements.
@@ -170,7 +172,7 @@ class TermAdder:
         A power of two changes exponents alone, so the product has the same bits.
         """
         mantissa, exponent = math.frexp(term.scale)
-        is_plain = self._method.combine is None and term.form == "lora" and term.base is None
+        is_plain = self._method.is_sum and term.form == "lora" and term.base is None
         return is_plain and mantissa == 0.5 and abs(exponent) <= _SHIFT
 
     @staticmethod
@@ -297,7 +299,7 @@ class TermAdder:
             row = start // tensor.row_elements
             self._product(lora, parts, row, product, lora.strength, 1.0)
             if _depends_on_order([lora]):
-                settle(product, [_matrices(lora, parts, row, rows, lora.strength)], 1.0)
+                make_order_free(product, [_matrices(lora, parts, row, rows, lora.strength)], 1.0)
             delta = self._buffers.grown(torch.float32, slot, rows * lora.columns)
             delta = delta.view(rows, lora.columns)
             delta.copy_(product)
@@ -305,16 +307,14 @@ class TermAdder:
             deltas.append((lora.index, delta.view(view.shape), round_weight(lora.weight)))
         deltas.sort(key=lambda item: item[0])
         changed = any(bool(delta.any()) for _, delta, _ in deltas)
-        assert self._method.combine is not None
-        extra = {"parents": parents} if self._method.needs_parents else {}
-        self._method.combine(
+        self._method.merge(
             view,
             [delta for _, delta, _ in deltas],
             [weight for _, _, weight in deltas],
             self._params,
-            tensor.key,
-            first,
-            **extra,
+            key=tensor.key,
+            start=first,
+            parents=parents,
         )
         return changed
 

@@ -13,7 +13,7 @@ class AdapterModule:
     Attributes:
         component: `unet`, `text_encoder` or `text_encoder_2`.
         key: The component's key that it changes, as the target spells it.
-        form: How the factors multiply: `lora`, `locon`, `loha`, `lokr`, `diff`; see `delta_rows`.
+        form: How the factors multiply, a key of `FORMS`.
         factors: Role of each factor, e.g. `down`, and its key in the file.
         rank: Inner dimension; 0 where no factor is a product.
         alpha_key: Key of the scalar alpha in the file, if it has one that counts.

@@ -15,7 +15,8 @@ from typing import Any
 
 from merge.family.model import Family
 from merge.header import element_count
-from merge.lora.forms import Product, product_of
+from merge.lora.forms.model import Product
+from merge.lora.forms.table import bare, product_of
 from merge.lora.metadata import ComponentConfig, read_config
 from merge.lora.module import AdapterModule, AdapterTable
 from merge.lora.names import Place, Spellings, owner, simplified, spell
@@ -176,7 +177,7 @@ class _Builder:
             component,
             key,
             product.form,
-            tuple((_bare(role), name) for role, name in sorted(names.items())),
+            tuple((bare(role), name) for role, name in sorted(names.items())),
             product.rank,
             alpha_key if counts else None,
             alpha,
@@ -261,10 +262,6 @@ class _Builder:
             f"{name}: DoRA needs one magnitude for each of the {rows} outputs or the {weight[1]} "
             f"inputs, not shape {list(shape)}"
         )
-
-
-def _bare(role: str) -> str:
-    return role.removeprefix("hada_").removeprefix("lokr_")
 
 
 def _squeezed(shape: Shape) -> Shape:

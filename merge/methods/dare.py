@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated
 
 from merge.methods.arrays import round_float32, weighted_sum
-from merge.methods.consensus import elect_and_merge
-from merge.methods.model import Array
+from merge.methods.model import Array, Arrays, Limits, Weights
 from merge.methods.random_mask import keep_mask
+
+# Fewer would leave next to nothing, and dividing by it overflows.
+Kept = Annotated[float, Limits("part of each delta's elements that stays", 1e-6, 1)]
+Seed = Annotated[int, Limits("of the random masks", 0, 2**63 - 1)]
 
 
 def dare(
     target: Array,
-    deltas: Sequence[Array],
-    weights: Sequence[float],
-    params: Mapping[str, Any],
+    deltas: Arrays,
+    weights: Weights,
     key: str,
     start: int,
+    *,
+    density: Kept = 0.5,
+    seed: Seed = 0,
 ) -> None:
     """Add deltas of which a random part is dropped, in place.
 
@@ -29,50 +33,25 @@ def dare(
         target: Any shape, float32; overwritten.
         deltas: Same shape each; overwritten.
         weights: One a delta.
-        params: `density` and `seed`.
         key: Diffusers key of the tensor.
         start: Index of the first element.
+        density: Part of the elements that stays.
+        seed: Of the masks.
 
     Source:
         Yu et al. 2023, Language Models are Super Mario, arXiv:2311.03099. mergekit's `dare_linear`
         differs in its rescaling: to the L1 norm before the drop, not by `1 / density`.
     """
-    _drop(deltas, params, key, start)
-    target += weighted_sum(deltas, _rescaled(weights, params))
+    drop(deltas, density, seed, key, start)
+    target += weighted_sum(deltas, rescaled(weights, density))
 
 
-def dare_ties(
-    target: Array,
-    deltas: Sequence[Array],
-    weights: Sequence[float],
-    params: Mapping[str, Any],
-    key: str,
-    start: int,
-) -> None:
-    """Drop elements at random, then elect signs and merge what agrees, in place.
-
-    As `ties` with the trim replaced by the random drop of `dare`, so each element stands alone
-    and the tensor may come in blocks.
-
-    Args:
-        target: Any shape, float32; overwritten.
-        deltas: Same shape each; overwritten.
-        weights: One a delta.
-        params: `density`, `seed` and `normalize`.
-        key: Diffusers key of the tensor.
-        start: Index of the first element.
-
-    Source:
-        arXiv:2311.03099 and arXiv:2306.01708; mergekit's `dare_ties`.
-    """
-    _drop(deltas, params, key, start)
-    elect_and_merge(target, deltas, _rescaled(weights, params), params["normalize"])
-
-
-def _drop(deltas: Sequence[Array], params: Mapping[str, Any], key: str, start: int) -> None:
+def drop(deltas: Arrays, density: float, seed: int, key: str, start: int) -> None:
+    """Set a random part of each delta to zero, in place."""
     for model, delta in enumerate(deltas):
-        delta *= keep_mask(delta, params["density"], params["seed"], key, model, start)
+        delta *= keep_mask(delta, density, seed, key, model, start)
 
 
-def _rescaled(weights: Sequence[float], params: Mapping[str, Any]) -> list[float]:
-    return [round_float32(weight / params["density"]) for weight in weights]
+def rescaled(weights: Weights, density: float) -> list[float]:
+    """Return weights that make up for what is dropped, each rounded to float32."""
+    return [round_float32(weight / density) for weight in weights]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated
 
 from merge.methods.arrays import dot, norm, pieces, round_float32, weighted_sum
-from merge.methods.model import Array
+from merge.methods.model import Array, Arrays, Limits, Weights
 
+_T = Limits("0 for the target, 1 for the target with the whole delta", 0, 1)
 # As in mergekit. Above it the sines are too small to divide by and the arc is a line to 4e-5.
 _PARALLEL = 0.9995
 
 
 def slerp(
-    target: Array,
-    deltas: Sequence[Array],
-    weights: Sequence[float],
-    params: Mapping[str, Any],
-    key: str,
-    start: int,
+    target: Array, deltas: Arrays, weights: Weights, *, t: Annotated[float, _T] = 0.5
 ) -> None:
     """Interpolate on the sphere between the target and the target with all deltas, in place.
 
@@ -35,9 +30,7 @@ def slerp(
         target: Any shape, the whole tensor, float32; overwritten.
         deltas: Same shape each; overwritten.
         weights: One a delta.
-        params: `t`.
-        key: Not used.
-        start: Not used.
+        t: Within 0 to 1.
 
     Source:
         Shoemake 1985, Animating rotation with quaternion curves, doi:10.1145/325165.325242;
@@ -45,7 +38,7 @@ def slerp(
     """
     end = weighted_sum(deltas, weights)
     end += target
-    near, far = _factors(params["t"], target, end)
+    near, far = _factors(t, target, end)
     for view, piece in pieces(target, end):
         view *= near
         piece *= far

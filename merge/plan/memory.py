@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from merge.plan.model import TensorPlan
+from merge.methods.model import Method
+from merge.methods.table import METHODS
+from merge.plan.model import MergePlan, TensorPlan
 
 MIB = 1024 * 1024
 # Elements of one block on the CPU: few enough that inputs, float32 scratch and output stay in a
@@ -27,13 +29,13 @@ FIXED_BYTES = 24 * MIB
 # More workers than this only wait for each other: the interpreter's part of a block is a tenth of
 # its time, and fewer saturate a disk.
 _MAX_CPU_THREADS = 8
-_CUDA_LANES = 4
+_CUDA_WORKERS = 4
 
 
 def default_threads(device: str = "cpu") -> int:
     """Return how many workers are used when the user does not say."""
     if device.startswith("cuda"):
-        return _CUDA_LANES
+        return _CUDA_WORKERS
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MAX_CPU_THREADS)
     return min(os.cpu_count() or 1, _MAX_CPU_THREADS)
@@ -50,14 +52,15 @@ def block_elements(tensors: Sequence[TensorPlan], plain_block: int) -> int:
     return max(plain_block, max(rows, default=0))
 
 
-def worker_bytes(tensors: Sequence[TensorPlan], plain_block: int) -> int:
+def worker_bytes(plan: MergePlan, plain_block: int) -> int:
     """Return the memory of one worker's buffers on the CPU: staging, scratch and what grows."""
-    block = block_elements(tensors, plain_block)
+    block = block_elements(plan.tensors, plain_block)
     staging, scratch = 4 * block, 3 * 4 * block
-    return staging + scratch + max((_grown(t, block) for t in tensors), default=0)
+    method = METHODS[plan.method]
+    return staging + scratch + max((_grown(t, block, method) for t in plan.tensors), default=0)
 
 
-def _grown(tensor: TensorPlan, block: int) -> int:
+def _grown(tensor: TensorPlan, block: int, method: Method) -> int:
     """Return the memory that one tensor needs beside the fixed blocks."""
     if not tensor.is_merged:
         return 0
@@ -72,14 +75,14 @@ def _grown(tensor: TensorPlan, block: int) -> int:
     products = max(2 * count, count + factors) if tensor.loras else 0
     floats = 0
     if tensor.is_whole:
-        # The target, each delta, one base, and what its method sorts or masks.
-        floats = count * (2 + 2 * (len(tensor.deltas) + len(tensor.loras)))
+        deltas = len(tensor.deltas) + len(tensor.loras)
+        floats = count * (method.arrays + method.arrays_per_delta * deltas)
     linear = sum(
         term.linear.target.element_count + term.embedding.element_count for term in tensor.bakes
     )
     return 8 * (factors + products + linear) + 4 * floats
 
 
-def peak_bytes(tensors: Sequence[TensorPlan], threads: int) -> int:
+def peak_bytes(plan: MergePlan, threads: int) -> int:
     """Return the expected peak memory of a merge on the CPU, whatever the models' size."""
-    return IMPORT_BYTES + FIXED_BYTES + threads * worker_bytes(tensors, CPU_BLOCK_ELEMENTS)
+    return IMPORT_BYTES + FIXED_BYTES + threads * worker_bytes(plan, CPU_BLOCK_ELEMENTS)

@@ -259,7 +259,7 @@ class RowBuilder:
             self._keep(place, target, code, reason)
             return
         is_by_input = any(term.is_by_input for term in loras)
-        is_whole = METHODS[self.recipe.method].scope == "tensor" or is_by_input
+        is_whole = METHODS[self.recipe.method].is_whole or is_by_input
         if is_whole:
             what = "a DoRA of inputs" if is_by_input else "its method"
             reason = "; ".join(filter(None, (reason, f"{what} needs the whole tensor at once")))

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from merge.errors import OutputExistsError
-from merge.writer.exchange import rename_to_new
 from merge.writer.partial import PartialOutput, sync_folder
+from merge.writer.renames import rename_to_new
 from merge.writer.tensors import write_error
 
 

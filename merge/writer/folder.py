@@ -14,10 +14,10 @@ from pathlib import Path
 
 from merge.errors import MergeError, OutputError, OutputExistsError, ResumeError
 from merge.reader.checkpoint import FileReader
-from merge.writer.exchange import exchange
 from merge.writer.journal import JOURNAL_NAME, overtaken
 from merge.writer.overlap import identity
 from merge.writer.partial import PartialOutput, sync_folder
+from merge.writer.renames import swap_names
 from merge.writer.tensors import write_all, write_error
 
 # What tells a folder of ours from one that must not be replaced.
@@ -266,7 +266,7 @@ class OutputFolder(PartialOutput):
         whole = self._beside("whole")
         self.partial.rename(whole)
         try:
-            if exchange(whole, self.final):
+            if swap_names(whole, self.final):
                 return whole
             return self._swap_in_two_steps(whole)
         except BaseException:
@@ -285,7 +285,7 @@ class OutputFolder(PartialOutput):
 
     def _swap_back(self, old: Path | None) -> None:
         """Undo `_swap`."""
-        if old is not None and exchange(old, self.final):
+        if old is not None and swap_names(old, self.final):
             old.rename(self.partial)
             return
         self.final.rename(self.partial)

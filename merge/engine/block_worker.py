@@ -1,6 +1,6 @@
 """One worker: reads a block of every input, adds the terms, checks the range, writes.
 
-On CUDA every lane has a stream of its own, so that lanes overlap.
+On CUDA every worker has a stream of its own, so that workers overlap.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OVERFLOW = {"F16": 65520.0, "BF16": 3.3961775292304957e38, "F32": math.inf}
 _LARGEST = {code: torch.finfo(dtype).max for code, dtype in TORCH_DTYPES.items()}
 
 
-class Lane:
+class BlockWorker:
     """One worker of the merge of one component."""
 
     def __init__(
@@ -66,7 +66,8 @@ class Lane:
         self._buffers = make_buffers(readers, device, block)
         self._adder = TermAdder(self._buffers, plan.method, plan.params)
         is_cuda = device.type == "cuda"
-        library = None if is_cuda or METHODS[plan.method].combine else load_library()
+        is_compiled = METHODS[plan.method].is_sum and not is_cuda
+        library = load_library() if is_compiled else None
         self._fused = FusedAdder(library, self._buffers) if library is not None else None
         # The adapter of the tensor that was merged last, for the next unit of it.
         self._packed: tuple[int, LowRank] | None = None
@@ -117,7 +118,7 @@ class Lane:
         baked = self._baked(tensor, state)
         factors = self._adder.read_factors(tensor)
         self._prefetch(tensor, unit)
-        if tensor.is_whole and METHODS[self._plan.method].combine is not None:
+        if tensor.is_whole and not METHODS[self._plan.method].is_sum:
             yield from self._merged_whole(tensor, factors, unit, state)
             return
         for start, count in self._blocks(tensor, factors, unit):
@@ -373,4 +374,4 @@ def _bound_of_squares(values: torch.Tensor) -> float:
 
 
 class OutOfRangeError(NonFiniteError):
-    """A block is out of range; `Lane.diagnose` finds out the rest."""
+    """A block is out of range; `BlockWorker.diagnose` finds out the rest."""

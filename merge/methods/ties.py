@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated
 
 from merge.methods.arrays import kth_smallest, library, pieces, round_float32
-from merge.methods.model import Array
+from merge.methods.model import Array, Arrays, Limits, Weights
+
+_DENSITY = Limits("part of each delta's elements that stays", 0, 1, is_open=True)
+NORMALIZE = Limits("take the mean, not the sum, of those that agree")
 
 
 def ties(
     target: Array,
-    deltas: Sequence[Array],
-    weights: Sequence[float],
-    params: Mapping[str, Any],
-    key: str,
-    start: int,
+    deltas: Arrays,
+    weights: Weights,
+    *,
+    density: Annotated[float, _DENSITY] = 0.5,
+    normalize: Annotated[bool, NORMALIZE] = True,
 ) -> None:
     """Trim, elect signs, merge what agrees; in place.
 
@@ -32,9 +34,8 @@ def ties(
         target: Any shape, the whole tensor, float32; overwritten.
         deltas: Same shape each; overwritten.
         weights: One a delta.
-        params: `density` and `normalize`.
-        key: Not used.
-        start: Not used.
+        density: Part of each delta's elements that stays.
+        normalize: True for a mean over the models that agree.
 
     Source:
         Yadav et al. 2023, TIES-Merging, arXiv:2306.01708. mergekit's `ties` at all weights 1;
@@ -42,8 +43,8 @@ def ties(
         the weight of a single model do nothing.
     """
     for delta in deltas:
-        trim(delta, params["density"])
-    elect_and_merge(target, deltas, weights, params["normalize"])
+        trim(delta, density)
+    elect_and_merge(target, deltas, weights, normalize)
 
 
 def trim(delta: Array, density: float) -> None:
@@ -63,9 +64,7 @@ def trim(delta: Array, density: float) -> None:
         piece *= library(delta).abs(piece) >= threshold
 
 
-def elect_and_merge(
-    target: Array, deltas: Sequence[Array], weights: Sequence[float], normalize: bool
-) -> None:
+def elect_and_merge(target: Array, deltas: Arrays, weights: Weights, normalize: bool) -> None:
     """Add the weighted deltas that agree with the elected sign, in place; see `ties`.
 
     Args:

@@ -22,7 +22,7 @@ _EXCHANGE, _TO_NEW = (2, 4) if sys.platform == "darwin" else (2, 1)
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 
-def exchange(first: Path, second: Path) -> bool:
+def swap_names(first: Path, second: Path) -> bool:
     """Let two names that exist stand for each other's folder; no moment has one of them absent.
 
     Returns:

@@ -35,7 +35,7 @@ class Factored:
     scale: float
 
 
-def settle(total: torch.Tensor, products: Sequence[Factored], factor: float) -> int:
+def make_order_free(total: torch.Tensor, products: Sequence[Factored], factor: float) -> int:
     """Replace values of a sum that another order could round to another float32, in place.
 
     Args:

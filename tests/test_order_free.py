@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import merge.engine.lane as lane
+import merge.engine.block_worker as worker
 import merge.engine.terms as terms
 from merge import load_recipe, run_recipe
 from merge.engine.fused import load_library
-from merge.engine.settle import Factored, settle
+from merge.engine.order_free import Factored, make_order_free
 from merge.errors import NonFiniteError
 from tests.mini import contents, write_models, write_recipe
 
@@ -68,7 +68,7 @@ def test_sums_next_to_a_tie_are_made_again_in_order(multiply: Multiply, factor: 
     found = multiply(up, down)
     if multiply is not torch.mm:
         assert ((found * factor).float() != expected).any()
-    assert settle(found, [Factored(up, down, 1.0)], factor) == found.numel()
+    assert make_order_free(found, [Factored(up, down, 1.0)], factor) == found.numel()
     assert torch.equal((found * factor).float(), expected)
 
 
@@ -90,7 +90,7 @@ def test_any_order_settles_to_the_same_float32(data: st.DataObject, order: Multi
     products = [Factored(random(9, rank), random(rank, 14), scale) for scale in scales]
     made = [torch.stack([m(p.up, p.down) * p.scale for p in products]) for m in (forward, order)]
     expected, found = (torch.stack(list(each)).cumsum(0)[-1] for each in made)
-    settle(found, products, factor)
+    make_order_free(found, products, factor)
     assert torch.equal((found * factor).float(), (expected * factor).float())
 
 
@@ -99,7 +99,7 @@ def test_other_sums_are_left_alone() -> None:
     up, down = (torch.randn(512, 64, generator=generator).double() for _ in range(2))
     total = up @ down.T
     before = total.clone()
-    assert settle(total, [Factored(up, down.T, 1.0)], 0.3) < 100
+    assert make_order_free(total, [Factored(up, down.T, 1.0)], 0.3) < 100
     assert torch.equal((total * 0.3).float(), (before * 0.3).float())
 
 
@@ -154,12 +154,12 @@ def test_a_merge_does_not_depend_on_the_order_of_its_products(
         return contents(run_recipe(loaded, tmp_path / name, verify=False).folder)
 
     expected = output("first")
-    monkeypatch.setattr(lane, "load_library", lambda: None)
+    monkeypatch.setattr(worker, "load_library", lambda: None)
     assert output("torch") == expected
     monkeypatch.setattr(torch, "mm", reversed_mm)
     assert output("backward") == expected
     # Else this test would show nothing.
-    monkeypatch.setattr(terms, "settle", lambda *_: 0)
+    monkeypatch.setattr(terms, "make_order_free", lambda *_: 0)
     assert output("unsettled") != expected
 
 
@@ -178,5 +178,5 @@ def test_values_that_are_not_finite_are_told_as_ever(
         with pytest.raises(NonFiniteError, match="96 of 96 values are too large") as caught:
             run_recipe(load_recipe(tmp_path / "mini.yaml"), tmp_path / name, verify=False)
         messages.append(str(caught.value))
-        monkeypatch.setattr(lane, "load_library", lambda: None)
+        monkeypatch.setattr(worker, "load_library", lambda: None)
     assert messages[0] == messages[1]
