@@ -170,7 +170,7 @@ class VerifySpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe after defaults and overrides; see the README for every field."""
+    """A recipe after defaults and overrides; README.md and recipes/README.md have every field."""
 
     name: str
     models: Models
