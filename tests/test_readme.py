@@ -341,7 +341,8 @@ def test_the_error_shown_is_the_error_given(tmp_path: Path) -> None:
 
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = blocks("python")
+    # Lines for plain diffusers are run with an export, in test_card.py.
+    found = [text for text in blocks("python") if "from merge import" in text]
     assert found
     for text in found:
         exec(compile(text, "README", "exec"), {})
