@@ -11,68 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from choice import Choice, load_choice
-from scoring import (
-    ROOT,
-    SMALL,
-    Setting,
-    draw_edits,
-    score,
-    score_all,
-)
+import report
+from choice import load_choice
+from lines import COUNT, settings_of
+from scoring import ROOT, Setting, draw_edits, score, score_all
 from world import TEST_SEED
-
-COUNT = 1_000
-STEPS = (8, 4, 3, 2, 1)
-ALSO = (999, 299)  # in two steps, besides the chosen ones
-GUIDANCE = (1.0, 1.5, 2.0)
-OWN_STEPS, OWN_GUIDANCE = (50, 8, 4, 3, 2, 1), 1.5  # of the target with its own DDIM
-TARGET_50 = Setting("target", 50, guidance_scale=OWN_GUIDANCE, scheduler="own")
-WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # 0 is the target itself
-
-
-def places(choice: Choice, steps: int) -> list[tuple[int, ...] | None]:
-    """Return the timesteps that a number of steps is measured at: the scheduler's own first."""
-    others = [ALSO] if len(ALSO) == steps else []
-    return list(dict.fromkeys((None, choice.timesteps[steps], *others)))
-
-
-def models_of(choice: Choice) -> tuple[tuple[str, float | None], ...]:
-    """Return the models that every table compares, each with its weight."""
-    return ("target", None), ("demo", choice.weight), ("demo-lora", choice.weight)
-
-
-def settings_of(choice: Choice) -> list[Setting]:
-    """List every line of the tables, each once."""
-    found = [replace(TARGET_50, steps=steps) for steps in OWN_STEPS]
-    found += [
-        Setting(model, steps, weight, timesteps, guidance)
-        for guidance in GUIDANCE
-        for model, weight in models_of(choice)
-        for steps in STEPS
-        for timesteps in places(choice, steps)
-    ]
-    for weight in WEIGHTS:
-        for steps in (4, 2):
-            for timesteps in (None, choice.timesteps[steps]):
-                found.append(Setting("demo", steps, weight, timesteps))
-            placed = choice.timesteps[steps]
-            found.append(Setting("demo-lora", steps, weight, placed))
-            found.append(Setting("demo", steps, weight, placed, channel_rule="first"))
-    found += [
-        Setting("demo", steps, choice.weight, choice.timesteps[steps], channel_rule="first")
-        for steps in (4, 2)
-    ]
-    found.append(replace(TARGET_50, size=SMALL))
-    for small in (None, *WEIGHTS):
-        model = "target" if small is None else "demo"
-        for steps in (4, 2):
-            for timesteps in (None, choice.timesteps[steps]):
-                found.append(Setting(model, steps, small, timesteps, size=SMALL))
-    return list(dict.fromkeys(found))
 
 
 def main() -> None:
@@ -101,8 +46,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model is not None:
         sys.exit(_judge(arguments))
-    import report
-
     settings = settings_of(load_choice())
     results = score_all(settings, TEST_SEED, arguments.count, arguments.cache, arguments.jobs)
     report.write(results, draw_edits(TEST_SEED, arguments.count))
@@ -141,7 +84,4 @@ def _judge(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that report.py and worker processes see the same classes.
-    import evaluate
-
-    evaluate.main()
+    main()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import world
 from choice import load_choice
-from evaluate import TARGET_50
+from lines import TARGET_50
 from PIL import Image, ImageDraw, ImageFont
 from scoring import HERE, Setting, checkpoint, draw_edits, edit_pictures, score
 from world import VALIDATION_SEED

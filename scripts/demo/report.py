@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import world
 from choice import Choice, load_choice
-from evaluate import (
+from lines import (
     GUIDANCE,
     OWN_GUIDANCE,
     OWN_STEPS,
