@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from merge.errors import CheckpointError
 from merge.header import TensorSpec
 from merge.lora.module import AdapterModule, AdapterTable
 from merge.lora.parse import parse_adapters
+from merge.plan.findings import Findings
 from merge.plan.model import LeftOut
 from merge.plan.opening import Opened, OpenedSources
 from merge.plan.patterns import match_exclude
@@ -36,27 +37,21 @@ class AdapterReader:
         recipe: For its exclusions.
         components: That the recipe merges.
         sources: For the target's keys.
-        problems: One line for each key that cannot be applied; filled by `read`.
-        notes: What a user should know; filled by `read`.
-        warnings: What a user should decide or mend; filled by `read`.
-        left_out: Keys that no module uses and the recipe excludes; filled by `read`.
+        found: Filled by `read`.
     """
 
     recipe: Recipe
     components: tuple[str, ...]
     sources: OpenedSources
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
+    found: Findings
 
     def read(self, opened: Opened) -> dict[Place, Adapter]:
         """Return a LoRA's modules by the weight that they change."""
         label = f"{opened.role} ({opened.model.label})"
         table = self._parse(opened)
-        self.problems += [f"{label}: {problem}" for problem in table.problems]
+        self.found.problems.extend([f"{label}: {problem}" for problem in table.problems])
         if not table.modules:
-            self.problems.append(f"{label}: none of its keys fits the target")
+            self.found.problem(f"{label}: none of its keys fits the target")
         self._prefetch_alphas(opened, table)
         adapters: dict[Place, Adapter] = {}
         for module in table.modules:
@@ -65,7 +60,7 @@ class AdapterReader:
                 continue
             if not math.isfinite(alpha) or alpha == 0:
                 name = module.alpha_key or table.source
-                self.problems.append(f"{opened.role}: {name} is {alpha}, no usable alpha")
+                self.found.problem(f"{opened.role}: {name} is {alpha}, no usable alpha")
                 continue
             adapters[module.component, module.key] = Adapter(module, alpha)
         self._check_components(label, adapters)
@@ -79,12 +74,12 @@ class AdapterReader:
         stated = sum(m.alpha is not None for m in scaled)
         silent = sum(m.alpha is None and m.alpha_key is None for m in scaled)
         if stated:
-            self.notes.append(
+            self.found.notes.append(
                 f"{label}: the scale of {stated} of {len(scaled)} LoRA modules is from "
                 f"{table.source}"
             )
         if silent:
-            self.warnings.append(
+            self.found.warnings.append(
                 f"{label}: {silent} of {len(scaled)} LoRA modules state no alpha, so their scale "
                 "is 1; if its trainer used another one, set its weight to alpha / rank"
             )
@@ -105,10 +100,10 @@ class AdapterReader:
         self._check_idle(opened, used, set(excluded.values()))
         if not excluded:
             return table
-        self.left_out += [
+        self.found.left_out.extend(
             LeftOut(opened.role, name, f"excluded by {pattern!r}")
             for name, pattern in sorted(excluded.items())
-        ]
+        )
         rest = {name: shape for name, shape in shapes.items() if name not in excluded}
         return parse_adapters(rest, checkpoint.metadata, targets, family, config)
 
@@ -120,7 +115,7 @@ class AdapterReader:
             if pattern in effective or any(match_exclude(key, [pattern]) for key in weights):
                 continue
             if name := next((key for key in sorted(used) if match_exclude(key, [pattern])), None):
-                self.problems.append(
+                self.found.problem(
                     f"exclude: {pattern!r} names {name} of {opened.role}; name the weight that it "
                     "changes, as the target spells it"
                 )
@@ -144,7 +139,7 @@ class AdapterReader:
         try:
             return read_scalar(opened.checkpoint.files[index], spec)
         except CheckpointError as error:
-            self.problems.append(f"{opened.role}: {error.message}")
+            self.found.problem(f"{opened.role}: {error.message}")
             return None
 
     def _check_components(self, label: str, adapters: Mapping[Place, Adapter]) -> None:
@@ -157,7 +152,7 @@ class AdapterReader:
                 counts[component] = counts.get(component, 0) + 1
         for component, count in sorted(counts.items()):
             merged = ", ".join([*self.components, component])
-            self.problems.append(
+            self.found.problem(
                 f"{label}: {count} of its modules belong to {component}, which is not merged "
                 f"(components=[{merged}] merges it, exclude=['{component}.*'] leaves them out)"
             )
@@ -167,7 +162,7 @@ class AdapterReader:
             return
         keys = [key for (_, key), adapter in adapters.items() if adapter.module.magnitude]
         if keys:
-            self.problems.append(
+            self.found.problem(
                 f"{label}: {len(keys)} of its modules are DoRA ({keys[0]}), which is not additive: "
                 "it rescales the weight that it was trained on; name that model as models.base"
             )

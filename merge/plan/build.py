@@ -41,7 +41,8 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
     opened = open_sources(sources, _prediction_type(recipe), recipe.exclude)
     builder = RowBuilder(recipe, opened)
     builder.run()
-    problems = [*builder.problems, *_check_output(recipe, opened)]
+    found = builder.found
+    problems = [*found.problems, *_check_output(recipe, opened)]
     if problems:
         raise PlanError(
             "the models of this recipe do not fit together:",
@@ -66,9 +67,9 @@ def build_plan(recipe: Recipe, sources: Sources) -> MergePlan:
         files=tuple(builder.inputs.files),
         components=components,
         merged=builder.components,
-        left_out=(*builder.left_out, *copied.left_out),
-        notes=(*describe_roles(opened), *builder.notes),
-        warnings=(*_warnings(opened), *copied.warnings, *builder.warnings),
+        left_out=(*found.left_out, *copied.left_out),
+        notes=(*describe_roles(opened), *found.notes),
+        warnings=(*_warnings(opened), *copied.warnings, *found.warnings),
         relaid=relaid,
         copy_bytes=copy_bytes,
         single_file_bytes=merged_bytes + copy_bytes if recipe.output.single_file else 0,

@@ -9,8 +9,9 @@ from merge.errors import CheckpointError
 from merge.header import DTYPE_CODES, DTYPE_WORDS, TensorSpec, element_count
 from merge.methods.table import METHODS
 from merge.plan.adapters import Adapter, AdapterReader, Place
+from merge.plan.findings import Findings
 from merge.plan.inputs import FLOATS, Inputs, unsupported
-from merge.plan.model import DeltaTerm, LeftOut, LoraTerm, TensorPlan, TensorRef
+from merge.plan.model import DeltaTerm, LoraTerm, TensorPlan, TensorRef
 from merge.plan.opening import Opened, OpenedSources
 from merge.plan.patterns import block_weight, match_exclude, unknown_blocks, unmatched
 from merge.plan.terms import TermBuilder
@@ -25,11 +26,8 @@ class RowBuilder:
 
     recipe: Recipe
     sources: OpenedSources
+    found: Findings = field(default_factory=Findings)
     rows: list[TensorPlan] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     _loras: dict[str, dict[Place, Adapter]] = field(default_factory=dict)
     _unused: dict[Place, str] = field(default_factory=dict)
     _blocks: dict[str, str] = field(default_factory=dict)
@@ -38,22 +36,14 @@ class RowBuilder:
         self.family = self.sources.family
         self.components = self.family.merged(self.recipe.components)
         self.inputs = Inputs(self.components, self.sources)
-        self._terms = TermBuilder(self.inputs, self.problems)
+        self._terms = TermBuilder(self.inputs, self.found)
 
     def run(self) -> None:
-        """Plan every key; `problems` says what does not fit."""
+        """Plan every key; `found` says what does not fit."""
         for opened in self.sources.models:
             self._note_variant(opened)
-            self.left_out += opened.left_out
-        reader = AdapterReader(
-            self.recipe,
-            self.components,
-            self.sources,
-            self.problems,
-            self.notes,
-            self.warnings,
-            self.left_out,
-        )
+            self.found.left_out.extend(opened.left_out)
+        reader = AdapterReader(self.recipe, self.components, self.sources, self.found)
         for opened in self.sources.distilled:
             if opened.is_lora:
                 self._loras[opened.role] = reader.read(opened)
@@ -65,24 +55,24 @@ class RowBuilder:
                 self._plan_key(component, key, spec)
         if self.recipe.guidance_embedding == "bake":
             self._bake()
-        unused = UnusedKeys(self.recipe, self.inputs, self.rows, self._unused, self.problems)
+        unused = UnusedKeys(self.recipe, self.inputs, self.rows, self._unused, self.found)
         for opened in self.sources.models[1:]:
             if opened.role in self._loras:
-                self.left_out += unused.of_lora(opened, self._loras[opened.role])
+                self.found.left_out.extend(unused.of_lora(opened, self._loras[opened.role]))
             else:
-                self.left_out += unused.of_model(opened)
+                self.found.left_out.extend(unused.of_model(opened))
         idle = [
             name
             for name, rows in self.by_component().items()
             if name in self.components and not _is_merged(rows)
         ]
-        if not self.problems and idle and len(idle) < len(self.components):
+        if not self.found.problems and idle and len(idle) < len(self.components):
             self._tell_idle(idle)
-        if not self.problems and not _is_merged(self.rows):
+        if not self.found.problems and not _is_merged(self.rows):
             if self.recipe.allow_noop:
-                self.notes.append("nothing is added: the output is the target")
+                self.found.notes.append("nothing is added: the output is the target")
             else:
-                self.problems.append(
+                self.found.problem(
                     "nothing would be added to the target: every weight is 0 or every key is "
                     "excluded (allow_noop=true permits it)"
                 )
@@ -93,9 +83,9 @@ class RowBuilder:
             line = f"components: nothing is added to {name}"
             is_main = name == self.family.main.name
             if is_main and len(self._loras) == len(self.sources.distilled):
-                self.notes.append(f"{line}: the LoRA has modules of text encoders alone")
+                self.found.notes.append(f"{line}: the LoRA has modules of text encoders alone")
             else:
-                self.problems.append(line)
+                self.found.problem(line)
 
     def by_component(self) -> dict[str, list[TensorPlan]]:
         """Return the rows of each merged component."""
@@ -110,7 +100,7 @@ class RowBuilder:
             "base": self.recipe.models.base.variant if self.recipe.models.base else None,
         }.get(opened.role)
         if asked and asked != opened.model.variant:
-            self.notes.append(
+            self.found.notes.append(
                 f"{opened.role}: its {self.family.main.title} has no {asked} variant, its plain "
                 "files are used"
             )
@@ -123,7 +113,7 @@ class RowBuilder:
         except CheckpointError as error:
             # Only block names need them; a model with keys of its own can be merged all the same.
             what = f"the blocks of this {self.family.main.title} have no names"
-            self.notes.append(f"{what}: {error.message}")
+            self.found.notes.append(f"{what}: {error.message}")
 
     def _check_patterns(self) -> None:
         target, qualified, main = self.sources.target, self.family.qualified, self.family.main.name
@@ -139,25 +129,25 @@ class RowBuilder:
                 everything |= {qualified(component, key) for key in part.tensors}
         everything |= {item.key for opened in self.sources.models for item in opened.left_out}
         for pattern in unmatched(self.recipe.exclude, everything):
-            self.problems.append(f"exclude: {pattern!r} matches no key of any model")
+            self.found.problem(f"exclude: {pattern!r} matches no key of any model")
         weights = self.recipe.block_weights
         blocks = set(self._blocks.values())
         blocks |= {self.family.blocks.rest for name in self.components if name != main}
-        self.problems += unknown_blocks(weights, self.family, blocks)
+        self.found.problems.extend(unknown_blocks(weights, self.family, blocks))
         globs = [pattern for pattern in weights if not self.family.blocks.is_name(pattern)]
         guidance = [self.family.guidance.key] if self.family.guidance is not None else []
         for pattern in unmatched(globs, {*keys, *guidance}):
-            self.problems.append(f"block_weights: {pattern!r} matches no key of the target")
+            self.found.problem(f"block_weights: {pattern!r} matches no key of the target")
 
     def _check_method(self) -> None:
         method = METHODS[self.recipe.method]
         if method.needs_parents and self._loras:
-            self.problems.append(
+            self.found.problem(
                 f"method {method.name} needs whole models, and {', '.join(self._loras)} is a LoRA"
             )
         for component in self.components:
             if component not in self.sources.target.parts:
-                self.problems.append(
+                self.found.problem(
                     f"components: {component} cannot be merged: the target is no pipeline folder "
                     "that has it (`instruct-merge convert` makes one of a single file)"
                 )
@@ -169,11 +159,11 @@ class RowBuilder:
         place = (component, key)
         if spec.dtype not in FLOATS:
             if spec.dtype.startswith(("F", "C", "BF")):
-                self.problems.append(f"{key}: {unsupported(spec.dtype)} in the target")
+                self.found.problem(f"{key}: {unsupported(spec.dtype)} in the target")
                 return
             if role := self._adding(place):
                 word = DTYPE_WORDS.get(spec.dtype, spec.dtype)
-                self.problems.append(f"{key}: {word} in the target, and {role} adds to it")
+                self.found.problem(f"{key}: {word} in the target, and {role} adds to it")
                 return
             self._keep(place, target, spec.dtype, "an integer tensor, kept from the target")
             return
@@ -183,7 +173,7 @@ class RowBuilder:
             return
         code = DTYPE_CODES.get(self.recipe.out_dtype, spec.dtype)
         if code in FLOAT8:
-            self.problems.append(
+            self.found.problem(
                 f"{key}: {DTYPE_WORDS[code]} in the target, and merged weights are not written in "
                 "float8; set out_dtype to float16, bfloat16 or float32"
             )
@@ -226,14 +216,14 @@ class RowBuilder:
                 self._block(component, key),
             )
         except ValueError as error:
-            self.problems.append(f"block_weights: {error}")
+            self.found.problem(f"block_weights: {error}")
             return None
 
     def _plan_delta(self, place: Place, target: TensorRef, code: str, weight: float) -> None:
         component, key = place
         deltas: list[DeltaTerm] = []
         loras: list[LoraTerm] = []
-        count = len(self.problems)
+        count = len(self.found.problems)
         pairs = zip(self.sources.distilled, self.recipe.models.distilled, strict=True)
         for index, (opened, own) in enumerate(pairs):
             scaled = weight * own.weight
@@ -245,7 +235,7 @@ class RowBuilder:
                     loras.append(self._terms.lora(opened, index, adapter, scaled))
             elif term := self._terms.delta(place, opened, index, target, scaled):
                 deltas.append(term)
-        if len(self.problems) > count:
+        if len(self.found.problems) > count:
             return
         if not deltas and not loras:
             has_full = len(self._loras) < len(self.sources.distilled)
@@ -295,9 +285,9 @@ class RowBuilder:
         counts = ", ".join(str(width) for width in sorted(widths))
         what = f"{wide} input channels in the target, {counts} in the delta"
         if len(widths) > 1 and rule != "skip":
-            self.problems.append(f"{key}: {what}; deltas of different widths cannot be added")
+            self.found.problem(f"{key}: {what}; deltas of different widths cannot be added")
         elif rule == "error":
-            self.problems.append(f"{key}: {what}; set channel_rule to skip or first")
+            self.found.problem(f"{key}: {what}; set channel_rule to skip or first")
         if rule == "first":
             return False, f"{what}; added to the first {counts}"
         return True, f"{what}; channel_rule {rule}"
@@ -317,7 +307,7 @@ class RowBuilder:
         """Fold every guidance embedding into the bias of the layer that it feeds."""
         rule, main = self.family.guidance, self.family.main.name
         if rule is None:
-            self.problems.append(
+            self.found.problem(
                 f"guidance_embedding: bake: {self.family.title} models have no guidance embedding"
             )
             return
@@ -330,10 +320,10 @@ class RowBuilder:
             if opened.role not in self._loras and rule.key in opened.checkpoint.tensors
         ]
         if not embedded:
-            self.problems.append(f"guidance_embedding: bake: no distilled model has {rule.key}")
+            self.found.problem(f"guidance_embedding: bake: no distilled model has {rule.key}")
             return
         if not {rule.bias, rule.linear} <= by_key.keys():
-            self.problems.append(f"guidance_embedding: bake: the target has no {rule.bias}")
+            self.found.problem(f"guidance_embedding: bake: the target has no {rule.bias}")
             return
         bias, linear = self.rows[by_key[rule.bias]], self.rows[by_key[rule.linear]]
         exclude = self.recipe.exclude

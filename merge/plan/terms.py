@@ -10,6 +10,7 @@ from merge.family.model import GuidanceEmbedding
 from merge.header import DTYPE_WORDS, element_count
 from merge.lora.module import AdapterModule
 from merge.plan.adapters import Adapter, Place
+from merge.plan.findings import Findings
 from merge.plan.inputs import FLOATS, Inputs, unsupported
 from merge.plan.model import BakeTerm, DeltaTerm, LoraTerm, TensorPlan, TensorRef
 from merge.plan.opening import Opened
@@ -21,11 +22,11 @@ class TermBuilder:
 
     Attributes:
         inputs: The models.
-        problems: Shared with the builder of the rows.
+        found: Gets the problems; shared with the builder of the rows.
     """
 
     inputs: Inputs
-    problems: list[str]
+    found: Findings
 
     @property
     def _main(self) -> str:
@@ -43,20 +44,20 @@ class TermBuilder:
         if lacking:
             if component != self._main and all(component not in m.parts for m, _ in pair):
                 return None
-            self.problems.append(f"{key}: missing in {' and '.join(lacking)}")
+            self.found.problem(f"{key}: missing in {' and '.join(lacking)}")
             return None
         base_ref, distilled_ref = (
             self.inputs.ref(model, component, name) for model, name in pair if name is not None
         )
         for role, ref in ((opened.role, distilled_ref), (base.role, base_ref)):
             if ref.dtype not in FLOATS:
-                self.problems.append(f"{key}: {unsupported(ref.dtype)} in {role}")
+                self.found.problem(f"{key}: {unsupported(ref.dtype)} in {role}")
                 return None
         shapes = (target.shape, base_ref.shape, distilled_ref.shape)
         is_widened = self.inputs.sources.family.is_widened(component, key)
         narrow = is_widened and _is_narrower(base_ref.shape, target.shape)
         if base_ref.shape != distilled_ref.shape or not (base_ref.shape == target.shape or narrow):
-            self.problems.append(
+            self.found.problem(
                 f"{key}: shape {list(shapes[0])} in target, {list(shapes[1])} in base, "
                 f"{list(shapes[2])} in {opened.role}"
             )
@@ -76,7 +77,7 @@ class TermBuilder:
         checked = {**refs, **({"magnitude": magnitude} if magnitude is not None else {})}
         for role, ref in checked.items():
             if ref.dtype not in FLOATS:
-                self.problems.append(f"{names[role]}: {unsupported(ref.dtype)} in {opened.role}")
+                self.found.problem(f"{names[role]}: {unsupported(ref.dtype)} in {opened.role}")
         return LoraTerm(
             opened.role,
             index,
@@ -99,11 +100,11 @@ class TermBuilder:
             return None  # The adapter's reader has named this problem.
         name = self.inputs.spelling(base, module.component, module.key)
         if name is None:
-            self.problems.append(f"{module.key}: a DoRA module needs it, and it is missing in base")
+            self.found.problem(f"{module.key}: a DoRA module needs it, and it is missing in base")
             return None
         ref = self.inputs.ref(base, module.component, name)
         if ref.dtype not in FLOATS or element_count(ref.shape) != module.rows * module.columns:
-            self.problems.append(
+            self.found.problem(
                 f"{module.key}: {DTYPE_WORDS.get(ref.dtype, ref.dtype)} of shape {list(ref.shape)} "
                 f"in base, and a DoRA module of {module.rows} x {module.columns}"
             )
@@ -123,7 +124,7 @@ class TermBuilder:
             ref = self.inputs.ref(opened, self._main, embedding.key)
             fits = len(ref.shape) == 2 and ref.shape[0] == linear.target.shape[-1]
             if ref.dtype not in FLOATS or not fits:
-                self.problems.append(
+                self.found.problem(
                     f"{embedding.key}: {DTYPE_WORDS.get(ref.dtype, ref.dtype)} of shape "
                     f"{list(ref.shape)} in {opened.role}, for a layer of shape "
                     f"{list(linear.target.shape)}"

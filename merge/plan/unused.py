@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge.plan.adapters import Adapter, Place
+from merge.plan.findings import Findings
 from merge.plan.inputs import Inputs
 from merge.plan.model import LeftOut, TensorPlan
 from merge.plan.opening import Opened
@@ -22,14 +23,14 @@ class UnusedKeys:
         inputs: The models.
         rows: Of the plan, all of them.
         reasons: Why a tensor of the target received nothing.
-        problems: A line is added for each key that there is no good reason for.
+        found: Gets a problem for each key that there is no good reason for.
     """
 
     recipe: Recipe
     inputs: Inputs
     rows: Sequence[TensorPlan]
     reasons: Mapping[Place, str]
-    problems: list[str]
+    found: Findings
 
     def of_model(self, opened: Opened) -> Iterator[LeftOut]:
         """Yield every key of a full model that no row uses."""
@@ -56,11 +57,11 @@ class UnusedKeys:
                 elif key.endswith("position_ids"):
                     yield LeftOut(opened.role, name, "a constant, not a weight")
                 else:
-                    self.problems.append(f"{name}: in {opened.role}, and not in the target")
+                    self.found.problem(f"{name}: in {opened.role}, and not in the target")
 
     def _embedding(self, opened: Opened, key: str) -> Iterator[LeftOut]:
         if self.recipe.guidance_embedding == "error":
-            self.problems.append(
+            self.found.problem(
                 f"{key}: {opened.role} has this guidance embedding, the target has "
                 "not (guidance_embedding=drop leaves it out, bake folds it into a bias)"
             )
