@@ -11,18 +11,6 @@ from merge.background import digest_worker as worker
 from merge.errors import SourceError, SourceNotFoundError
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits.
-
-    Raises:
-        SourceNotFoundError: the file cannot be read.
-    """
-    try:
-        return worker.hash_file(str(path), lambda count: None)
-    except OSError as error:
-        raise SourceNotFoundError(f"cannot read {path}: {error.strerror}") from error
-
-
 class DigestProcess:
     """Hashes files in a child process from the moment it is made.
 

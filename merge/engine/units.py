@@ -99,11 +99,6 @@ class WorkQueue:
         """Hand out no more units."""
         self._stopped = True
 
-    @property
-    def is_stopped(self) -> bool:
-        """Return True after `stop`."""
-        return self._stopped
-
     def is_last(self, unit: Unit) -> bool:
         """Count a unit as done; True when it was its tensor's last."""
         with self._lock:
