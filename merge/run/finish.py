@@ -1,4 +1,4 @@
-"""The second half of a run: one set of values, merged into an output folder or into memory."""
+"""The second half of a run: one set of values, merged into an output folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from merge.card.render import CARD_NAME
 from merge.conversion.metadata import single_file_metadata
 from merge.family.registry import recognise
 from merge.json_files import json_bytes
-from merge.plan.memory import default_threads
 from merge.plan.model import DIGEST_KEY, MergePlan
 from merge.recipe.schema import Recipe
 from merge.records.folder import LOCK_NAME, MANIFEST_NAME, PROVENANCE_NAME, RUN_NAME
@@ -31,7 +30,6 @@ from merge.run.prepare import Prepared
 from merge.sources.model import SourceFile
 from merge.writer.folder import OutputFolder
 from merge.writer.journal import Journal
-from merge.writer.tensors import MemoryFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,46 +82,6 @@ def write_output(
     return Output(prepared.digest, job.files, pinned)
 
 
-def merge_in_memory(
-    prepared: Prepared,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-) -> Mapping[str, memoryview]:
-    """Merge the weights of every component into memory.
-
-    Args:
-        prepared: What is merged.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        threads: Workers; None for the default.
-
-    Returns:
-        Name of the file in an output to its bytes, the same as `run_recipe` writes.
-
-    Raises:
-        EngineError: the merge failed.
-    """
-    from merge.engine.device import choose_device
-    from merge.engine.execute import execute_plan
-
-    where = choose_device(device)
-    found = {}
-    for component in prepared.plan.components:
-        file = MemoryFile(component.out_header.file_bytes)
-        execute_plan(
-            prepared.plan,
-            component,
-            prepared.recipe,
-            file,
-            device=where,
-            threads=threads or default_threads(str(where)),
-            on_frontier=lambda position, states: None,
-        )
-        file.write(memoryview(component.header_bytes(prepared.digest)), 0)
-        found[component.file_name] = file.data
-    return found
-
-
 @dataclass
 class _Job:
     folder: OutputFolder
@@ -149,9 +107,7 @@ class _Job:
             }
             merged = merge_components(
                 self.folder,
-                plan,
-                recipe,
-                digest,
+                self.prepared,
                 device=device,
                 threads=threads,
                 journal=journal,

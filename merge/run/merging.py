@@ -6,19 +6,19 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from merge.background.file_digest import FileDigest
 from merge.errors import DeviceMemoryError, EngineError
 from merge.plan.memory import default_threads
-from merge.plan.model import ComponentPlan, MergePlan
-from merge.recipe.schema import Recipe
+from merge.plan.model import ComponentPlan
 from merge.records.manifest import FileRecord
+from merge.run.prepare import Prepared
 from merge.writer.folder import OutputFolder
 from merge.writer.journal import Journal, JournalMark
-from merge.writer.tensors import TensorFileWriter
+from merge.writer.tensors import MemoryFile, TensorFileWriter
 
 if TYPE_CHECKING:
     from merge.engine.execute import MergeResult
@@ -51,9 +51,7 @@ class MergedFiles:
 
 def merge_components(
     folder: OutputFolder,
-    plan: MergePlan,
-    recipe: Recipe,
-    digest: str,
+    prepared: Prepared,
     *,
     device: str,
     threads: int | None,
@@ -64,9 +62,7 @@ def merge_components(
 
     Args:
         folder: Where they go.
-        plan: What to do.
-        recipe: For its overflow rule and `allow_noop`.
-        digest: The recipe's, for the headers.
+        prepared: What is merged.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: Workers; None for the default.
         journal: Where what is final is written down, and what an earlier run wrote.
@@ -79,9 +75,66 @@ def merge_components(
 
     where = choose_device(device)
     merged = MergedFiles(device_words(where), threads or default_threads(str(where)))
-    job = _Job(folder, plan, recipe, digest, where, device == "auto", merged, journal, on_bytes)
-    results = [job.merge(component) for component in plan.components]
-    for key, count in merged.overflows.items():
+    job = _Job(folder, prepared, where, device == "auto", merged, journal, on_bytes)
+    results = [job.merge(component) for component in prepared.plan.components]
+    _check_results(prepared, results, merged.overflows)
+    return merged
+
+
+def merge_in_memory(
+    prepared: Prepared, *, device: str = "auto", threads: int | None = None
+) -> Mapping[str, memoryview]:
+    """Merge the weights of every component into memory.
+
+    Args:
+        prepared: What is merged.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: Workers; None for the default.
+
+    Returns:
+        Name of the file in an output to its bytes, the same as `run_recipe` writes.
+
+    Raises:
+        EngineError: nothing changed, and the recipe does not allow that, or the merge failed.
+    """
+    from merge.engine.device import choose_device
+    from merge.engine.execute import execute_plan
+
+    where = choose_device(device)
+    found: dict[str, memoryview] = {}
+    results: list[MergeResult] = []
+    overflows: dict[str, int] = {}
+    for component in prepared.plan.components:
+        file = MemoryFile(component.out_header.file_bytes)
+        result = execute_plan(
+            prepared.plan,
+            component,
+            prepared.recipe,
+            file,
+            device=where,
+            threads=threads or default_threads(str(where)),
+            on_frontier=lambda position, states: None,
+        )
+        file.write(memoryview(component.header_bytes(prepared.digest)), 0)
+        found[component.file_name] = file.data
+        results.append(result)
+        overflows |= _qualified(prepared, component, result)
+    _check_results(prepared, results, overflows)
+    return found
+
+
+def _qualified(prepared: Prepared, component: ComponentPlan, result: MergeResult) -> dict[str, int]:
+    """Return a component's replaced values under the keys' full names."""
+    qualified, name = prepared.plan.family.qualified, component.name
+    return {qualified(name, key): count for key, count in result.overflows.items()}
+
+
+def _check_results(
+    prepared: Prepared, results: Sequence[MergeResult], overflows: Mapping[str, int]
+) -> None:
+    """Tell of values that a rule replaced, and refuse a merge that changed nothing."""
+    recipe = prepared.recipe
+    for key, count in overflows.items():
         _LOG.warning(
             "%s: %d values were too large for its dtype (on_overflow=%s)",
             key,
@@ -97,15 +150,12 @@ def merge_components(
         )
     if unchanged:
         _LOG.info("%d tensors have a delta of zero and stay as they are", unchanged)
-    return merged
 
 
 @dataclass
 class _Job:
     folder: OutputFolder
-    plan: MergePlan
-    recipe: Recipe
-    digest: str
+    prepared: Prepared
     device: Any
     may_fall_back: bool
     merged: MergedFiles
@@ -116,7 +166,7 @@ class _Job:
     def merge(self, component: ComponentPlan) -> MergeResult:
         """Write one component, hashing it beside the merge."""
         path = self.folder.place(component.file_name)
-        header = component.header_bytes(self.digest)
+        header = component.header_bytes(self.prepared.digest)
         total = component.out_header.file_bytes
         with TensorFileWriter(path, total, is_resumed=path.exists()) as writer:
             progress = _Progress(component, self.journal)
@@ -126,7 +176,7 @@ class _Job:
             def on_frontier(position: int, states: Sequence[TensorState]) -> None:
                 finished.extend(states)
                 digest.advance(position, is_marked=progress.note(position, finished))
-                self.on_bytes(self._before + position, self.plan.merged_bytes)
+                self.on_bytes(self._before + position, self.prepared.plan.merged_bytes)
 
             mark = time.perf_counter()
             try:
@@ -149,8 +199,7 @@ class _Job:
             self._lap("fsync", mark)
         self._before += total
         self.merged.files[component.file_name] = FileRecord(total, sha256)
-        qualified, name = self.plan.family.qualified, component.name
-        self.merged.overflows |= {qualified(name, key): n for key, n in result.overflows.items()}
+        self.merged.overflows |= _qualified(self.prepared, component, result)
         return result
 
     def _execute(
@@ -163,9 +212,9 @@ class _Job:
         from merge.engine.execute import execute_plan
 
         return execute_plan(
-            self.plan,
+            self.prepared.plan,
             component,
-            self.recipe,
+            self.prepared.recipe,
             writer,
             device=self.device,
             threads=self.merged.workers,

@@ -86,14 +86,8 @@ def _records(path: Path, role: str, model: Any) -> dict[str, FileRecord]:
         raise _invalid(path, f"models.{role} has no files")
     records = {}
     for name, record in files.items():
-        size, sha256 = (
-            (record.get("size"), record.get("sha256"))
-            if isinstance(record, dict)
-            else (
-                None,
-                None,
-            )
-        )
+        table = record if isinstance(record, dict) else {}
+        size, sha256 = table.get("size"), table.get("sha256")
         if type(size) is not int or size < 0 or not _SHA256.fullmatch(str(sha256)):
             raise _invalid(path, f"models.{role}.files: {name} has no size and SHA-256")
         records[str(name)] = FileRecord(size, str(sha256))
