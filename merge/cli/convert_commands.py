@@ -7,21 +7,20 @@ from pathlib import Path
 
 import click
 
-from merge.cli.output import Bars, common_options, examples, is_quiet
+from merge.cli.options import PATH, choice_option, command, overwrite_option
+from merge.cli.output import Bars, is_quiet, list_first, remark
 
 _SHOWN_KEYS = 3
 
 
-@click.command(
+@command(
     "convert",
-    epilog=examples(
-        "convert outputs/mine mine.safetensors",
-        "convert v1-5.safetensors v1-5 --config models/stable-diffusion-v1-5",
-        "convert edit.ckpt edit --config outputs/mine --allow-pickle",
-    ),
+    "convert outputs/mine mine.safetensors",
+    "convert v1-5.safetensors v1-5 --config models/stable-diffusion-v1-5",
+    "convert edit.ckpt edit --config outputs/mine --allow-pickle",
 )
-@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN", type=PATH)
+@click.argument("out", metavar="OUT", type=PATH)
 @click.option(
     "--layout",
     type=click.Choice(["diffusers", "single-file"]),
@@ -29,18 +28,16 @@ _SHOWN_KEYS = 3
 )
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="For a single file: the pipeline folder whose tokenizers and configs OUT gets.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@overwrite_option
 @click.option(
     "--allow-pickle", is_flag=True, help="Read .ckpt and .bin too; nothing in them is run."
 )
-@click.option(
+@choice_option(
     "--ema",
-    type=click.Choice(["auto", "true", "false"]),
-    default="auto",
-    show_default=True,
+    ["auto", "true", "false"],
     help="Take the moving average of the UNet in a training's file, where it is beside the plain "
     "weights; auto takes one that is whole, as published folders do.",
 )
@@ -50,7 +47,6 @@ _SHOWN_KEYS = 3
     metavar="GLOB",
     help="Leave out keys of a single file that belong to no part of it; may be repeated.",
 )
-@common_options
 def convert_command(
     source: Path,
     out: Path,
@@ -69,8 +65,7 @@ def convert_command(
     """
     from merge.conversion.directions import convert
 
-    bars = Bars(quiet=is_quiet())
-    try:
+    with Bars(quiet=is_quiet()) as bars:
         result = convert(
             source,
             out,
@@ -82,11 +77,7 @@ def convert_command(
             exclude=exclude,
             on_progress=bars,
         )
-    finally:
-        bars.close()
-    if not is_quiet():
-        for line in [*_left_out_lines(result.left_out), *result.notes]:
-            click.echo(line, err=True)
+    remark(*_left_out_lines(result.left_out), *result.notes)
     click.echo(result.path)
 
 
@@ -95,9 +86,6 @@ def _left_out_lines(left_out: Mapping[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for key, reason in left_out.items():
         by_reason.setdefault(reason, []).append(key)
-    lines = []
-    for reason, keys in by_reason.items():
-        shown = ", ".join(keys[:_SHOWN_KEYS])
-        more = f" and {len(keys) - _SHOWN_KEYS} more" if keys[_SHOWN_KEYS:] else ""
-        lines.append(f"left out: {shown}{more}: {reason}")
-    return lines
+    return [
+        f"left out: {list_first(keys, _SHOWN_KEYS)}: {reason}" for reason, keys in by_reason.items()
+    ]

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from merge.cli.edit_targets import (
-    Target,
-    check_outputs,
-    folder_targets,
-    image_targets,
-    list_names,
-)
-from merge.cli.output import (
-    Bars,
-    common_options,
-    examples,
-    is_quiet,
+from merge.cli.edit_targets import Target, check_outputs, folder_targets, image_targets
+from merge.cli.options import (
+    PATH,
+    STEPS,
+    check_scale,
+    choice_option,
+    command,
+    edit_device_option,
     json_option,
-    print_json,
-    silence_libraries,
 )
+from merge.cli.output import Bars, is_quiet, list_first, print_json, remark, silence_libraries
 from merge.errors import ImageError, MergeError, OutputError, VerificationError
 
 if TYPE_CHECKING:
@@ -41,10 +36,8 @@ _LOG = logging.getLogger("merge.cli")
 _BAR = "verify"  # the stage whose word is "editing"
 
 
-def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"{value} is not a finite number of at least 0")
-    return value
+def _scale(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    return check_scale(value)
 
 
 def _timesteps(
@@ -52,61 +45,46 @@ def _timesteps(
 ) -> tuple[int, ...] | None:
     if text is None:
         return None
+    from merge.recipe.validate import TIMESTEPS_RULE, are_timesteps
+
     try:
         steps = tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
         raise click.BadParameter("must be integers such as 999,749,499,249") from None
-    falling = all(a > b for a, b in itertools.pairwise(steps))
-    if not steps or not falling or not all(0 <= step < 1000 for step in steps):
-        raise click.BadParameter("must fall strictly, within 999 to 0")
+    if not are_timesteps(steps):
+        raise click.BadParameter(TIMESTEPS_RULE)
     return steps
 
 
-@click.command(
+@command(
     "edit",
-    epilog=examples(
-        'edit outputs/demo photo.jpg "make it winter"',
-        'edit outputs/demo photo.jpg "make it winter" -o out.png --seed 3 --guidance-scale 1.5',
-        'edit outputs/demo photo.jpg "make it winter" --seed 0 --seed 1 --seed 2',
-        'edit outputs/demo --images photos "make it winter" -o photos-in-winter --batch-size 4',
-        'edit outputs/demo --images photos "make it winter" --device cuda --compile',
-    ),
+    'edit outputs/demo photo.jpg "make it winter"',
+    'edit outputs/demo photo.jpg "make it winter" -o out.png --seed 3 --guidance-scale 1.5',
+    'edit outputs/demo photo.jpg "make it winter" --seed 0 --seed 1 --seed 2',
+    'edit outputs/demo --images photos "make it winter" -o photos-in-winter --batch-size 4',
+    'edit outputs/demo --images photos "make it winter" --device cuda --compile',
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @click.argument("words", nargs=-1, metavar="[IMAGE] INSTRUCTION")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="PNG; with --images the folder for them. Default: IMAGE-edit.png or FOLDER-edit in the "
     "current folder.",
 )
 @click.option(
-    "--images",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Edit every picture in this folder instead of IMAGE.",
+    "--images", "folder", type=PATH, help="Edit every picture in this folder instead of IMAGE."
 )
-@click.option("--steps", default=4, show_default=True, type=click.IntRange(1), help="LCM steps.")
+@click.option("--steps", default=4, type=click.IntRange(1), help="LCM steps.")
+@click.option("--guidance-scale", default=2.0, callback=_scale, help="Of the instruction, 1 to 3.")
 @click.option(
-    "--guidance-scale",
-    default=2.0,
-    show_default=True,
-    callback=_finite,
-    help="Of the instruction, 1 to 3.",
-)
-@click.option(
-    "--image-guidance-scale",
-    default=1.0,
-    show_default=True,
-    callback=_finite,
-    help="Of the picture; 1 is off.",
+    "--image-guidance-scale", default=1.0, callback=_scale, help="Of the picture; 1 is off."
 )
 @click.option(
     "--seed",
     "seeds",
     default=(0,),
-    show_default=True,
     multiple=True,
     type=click.IntRange(0, 2**63 - 1),
     help="Of the noise; give it again for more pictures of each.",
@@ -119,8 +97,7 @@ def _timesteps(
 @click.option(
     "--original-inference-steps",
     default=50,
-    show_default=True,
-    type=click.IntRange(1, 1000),
+    type=STEPS,
     help="Length of the LCM schedule that --steps are picked from.",
 )
 @click.option(
@@ -131,16 +108,13 @@ def _timesteps(
 @click.option(
     "--batch-size",
     default=1,
-    show_default=True,
     type=click.IntRange(1, 1024),
     help="Pictures of one size that go through the model together.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
+@edit_device_option
+@choice_option(
     "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
+    ["auto", "float16", "bfloat16", "float32"],
     help="auto: float16 on a GPU, float32 on the CPU.",
 )
 @click.option(
@@ -157,12 +131,11 @@ def _timesteps(
 )
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="For a single file: the pipeline folder with its tokenizers and configs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace output pictures.")
 @json_option
-@common_options
 def edit_command(
     checkpoint: Path,
     words: tuple[str, ...],
@@ -245,51 +218,43 @@ def _parse_words(words: Sequence[str], folder: Path | None) -> tuple[Path | None
     return (Path(words[0]) if folder is None else None), words[-1]
 
 
+@dataclass
 class _Work:
-    """The pictures of one command: those made, and those that could not be."""
+    """The pictures of one command: those made, and those that could not be.
 
-    def __init__(
-        self,
-        editor: Editor,
-        settings: EditSettings,
-        instruction: str,
-        targets: Sequence[Target],
-        picture: Image | None,
-    ) -> None:
-        self.editor = editor
-        self.settings = settings
-        self.instruction = instruction
-        self.targets = targets
-        # IMAGE, read already; None where there is a folder, whose pictures are read one by one.
-        self.picture = picture
-        self.pending: deque[Target] = deque()
-        self.failures: dict[Path, MergeError] = {}
-        self.rows: list[dict[str, Any]] = []
-        self.seconds = 0.0
+    Attributes:
+        picture: IMAGE, read already; None where there is a folder, whose pictures are read one by
+            one.
+        pending: What was asked of the editor and is not made yet.
+        failures: Picture to what is wrong with it.
+        rows: What is told of each picture that was made.
+    """
+
+    editor: Editor
+    settings: EditSettings
+    instruction: str
+    targets: Sequence[Target]
+    picture: Image | None
+    pending: deque[Target] = field(default_factory=deque)
+    failures: dict[Path, MergeError] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, batch_size: int) -> None:
         from merge.editor.batches import edit_many
 
-        bars = Bars(quiet=is_quiet())
         alone = len(self.targets) == 1
-
-        def on_step(done: int, total: int) -> None:
-            bars(_BAR, done, total)
-
-        results = edit_many(
-            self.editor,
-            self.requests(),
-            self.settings,
-            batch_size=batch_size,
-            on_step=on_step if alone else None,
-        )
-        try:
+        with Bars(quiet=is_quiet()) as bars:
+            results = edit_many(
+                self.editor,
+                self.requests(),
+                self.settings,
+                batch_size=batch_size,
+                on_step=(lambda done, total: bars(_BAR, done, total)) if alone else None,
+            )
             for done, result in enumerate(results, 1):
                 self.keep(self.pending.popleft(), result)
                 if not alone:
                     bars(_BAR, done, len(self.targets))
-        finally:
-            bars.close()
 
     def requests(self) -> Iterator[EditRequest]:
         from merge.editor.pictures import fit_size, load_image
@@ -324,7 +289,6 @@ class _Work:
                 f"{target.output.parent} cannot be made: {error.strerror or error}"
             ) from error
         save_png(result.to_pil(), target.output, result.settings, self.instruction)
-        self.seconds += result.seconds
         self.rows.append(_describe(target, self.instruction, result))
 
     def fail(self, path: Path, error: MergeError) -> None:
@@ -339,36 +303,31 @@ class _Work:
         if as_json:
             print_json(self.rows)
         elif self.rows:
-            if not is_quiet():
-                click.echo(self.summary(), err=True)
-            for row in self.rows if last is None else ():
-                click.echo(row["output"])
-            if last is not None:
-                click.echo(last)
+            remark(self.summary())
+            paths = [last] if last is not None else [row["output"] for row in self.rows]
+            for path in paths:
+                click.echo(path)
         if self.failures:
+            errors = list(self.failures.values())
+            kinds = {type(error) for error in errors}
+            kind = VerificationError if VerificationError in kinds else ImageError
             count = len({target.image for target in self.targets})
-            raise self.verdict()(
-                f"{len(self.failures)} of {count} pictures could not be edited: "
-                f"{list_names(list(self.failures))}",
-                hint=next(iter(self.failures.values())).hint,
+            raise kind(
+                f"{len(errors)} of {count} pictures could not be edited: "
+                f"{list_first(list(self.failures))}",
+                hint=errors[0].hint,
             )
 
-    def verdict(self) -> type[MergeError]:
-        kinds = {type(error) for error in self.failures.values()}
-        return VerificationError if VerificationError in kinds else ImageError
-
     def summary(self) -> str:
-        row = self.rows[0]
-        what = f"{row['width']} x {row['height']} px" if len(self.rows) == 1 else ""
-        rows = sum(row["unet_rows"] for row in self.rows)
-        return (
-            f"{what or f'{len(self.rows)} pictures'}, {self.settings.steps} steps, "
-            f"{rows} UNet rows, {self.seconds:.1f} s"
-        )
+        row, *others = self.rows
+        what = f"{len(self.rows)} pictures" if others else f"{row['width']} x {row['height']} px"
+        unet_rows = sum(row["unet_rows"] for row in self.rows)
+        seconds = sum(row["time_s"] for row in self.rows)
+        return f"{what}, {self.settings.steps} steps, {unet_rows} UNet rows, {seconds:.1f} s"
 
 
 def _describe(target: Target, instruction: str, result: EditResult) -> dict[str, Any]:
-    stages = result.stages
+    stages = asdict(result.stages)
     return {
         "image": str(target.image),
         "instruction": instruction,
@@ -378,10 +337,5 @@ def _describe(target: Target, instruction: str, result: EditResult) -> dict[str,
         "height": result.source.height,
         "unet_rows": result.unet_rows,
         "time_s": round(result.seconds, 3),
-        "stages_s": {
-            "text": round(stages.text_s, 3),
-            "encode": round(stages.encode_s, 3),
-            "denoise": round(stages.denoise_s, 3),
-            "decode": round(stages.decode_s, 3),
-        },
+        "stages_s": {name.removesuffix("_s"): round(time, 3) for name, time in stages.items()},
     }

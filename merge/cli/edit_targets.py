@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
+from merge.cli.output import list_first
 from merge.errors import ImageError, OutputError, OutputExistsError, SourceNotFoundError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,7 @@ def image_targets(image: Path, output: Path, seeds: Sequence[int]) -> list[Targe
     """
     if output.suffix.lower() != ".png":
         raise click.BadParameter(f"{output} must end in .png", param_hint="'-o'")
-    if len(seeds) == 1:
-        return [Target(image, seeds[0], output)]
-    return [
-        Target(image, seed, output.with_name(f"{output.stem}-{seed}{output.suffix}"))
-        for seed in seeds
-    ]
+    return [Target(image, seed, _with_seed(output, seed, seeds)) for seed in seeds]
 
 
 def folder_targets(folder: Path, output: Path, seeds: Sequence[int]) -> list[Target]:
@@ -73,16 +68,19 @@ def folder_targets(folder: Path, output: Path, seeds: Sequence[int]) -> list[Tar
         )
     # Of cat.png and cat.jpg, or of Cat.png where file names have no case, both must be kept.
     clash = any(count > 1 for count in Counter(path.stem.casefold() for path in files).values())
+    places = {path: output / f"{path.name if clash else path.stem}.png" for path in files}
     return [
-        Target(
-            path,
-            seed,
-            output
-            / f"{path.name if clash else path.stem}{f'-{seed}' if len(seeds) > 1 else ''}.png",
-        )
-        for path in files
+        Target(path, seed, _with_seed(place, seed, seeds))
+        for path, place in places.items()
         for seed in seeds
     ]
+
+
+def _with_seed(output: Path, seed: int, seeds: Sequence[int]) -> Path:
+    """Return the PNG of one of several seeds; that of a single one keeps its name."""
+    if len(seeds) == 1:
+        return output
+    return output.with_name(f"{output.stem}-{seed}{output.suffix}")
 
 
 def check_outputs(targets: Sequence[Target], *, overwrite: bool) -> None:
@@ -96,21 +94,15 @@ def check_outputs(targets: Sequence[Target], *, overwrite: bool) -> None:
     own = [target.output for target in targets if target.output.resolve() in inputs]
     if own:
         raise OutputError(
-            f"{list_names(own)} would be replaced by an edit of itself",
+            f"{list_first(own)} would be replaced by an edit of itself",
             hint="choose another place with -o",
         )
     folders = [target.output for target in targets if target.output.is_dir()]
     if folders:
-        raise OutputError(f"{list_names(folders)} is a folder", hint="name a PNG with -o")
+        raise OutputError(f"{list_first(folders)} is a folder", hint="name a PNG with -o")
     found = [target.output for target in targets if target.output.exists()]
     if found and not overwrite:
         raise OutputExistsError(
-            f"{list_names(found)} {'exists' if len(found) == 1 else 'exist'} already",
+            f"{list_first(found)} {'exists' if len(found) == 1 else 'exist'} already",
             hint="add --overwrite, or choose another place with -o",
         )
-
-
-def list_names(paths: Sequence[Path]) -> str:
-    """Return the first few paths as text, and how many more there are."""
-    shown = ", ".join(str(path) for path in paths[:_SHOWN_NAMES])
-    return shown + (f" and {len(paths) - _SHOWN_NAMES} more" if len(paths) > _SHOWN_NAMES else "")

@@ -6,19 +6,26 @@ from pathlib import Path
 
 import click
 
-from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
+from merge.cli.options import (
+    PATH,
+    choice_option,
+    command,
+    json_option,
+    merge_device_option,
+    overrides_argument,
+    overwrite_option,
+)
+from merge.cli.output import Bars, is_quiet, print_json
 
 
-@click.command(
+@command(
     "extract-lora",
-    epilog=examples(
-        "extract-lora my.yaml lcm.safetensors",
-        "extract-lora my.yaml lcm.safetensors weight=1 --energy 0.95 --form peft",
-    ),
+    "extract-lora my.yaml lcm.safetensors",
+    "extract-lora my.yaml lcm.safetensors weight=1 --energy 0.95 --form peft",
 )
 @click.argument("recipe")
-@click.argument("out", metavar="OUT.safetensors", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("out", metavar="OUT.safetensors", type=PATH)
+@overrides_argument
 @click.option("--rank", type=click.IntRange(min=1), help="Of every layer.  [default: 64]")
 @click.option(
     "--energy",
@@ -26,31 +33,14 @@ from merge.cli.output import Bars, common_options, examples, is_quiet, json_opti
     help="Instead: the smallest rank per layer that keeps this part of its squared norm.",
 )
 @click.option(
-    "--max-rank",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    help="The most that --energy may take.",
+    "--max-rank", type=click.IntRange(min=1), default=512, help="The most that --energy may take."
 )
-@click.option(
-    "--form",
-    type=click.Choice(["kohya", "peft"]),
-    default="kohya",
-    show_default=True,
-    help="How the tensors are named.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
-    default="float16",
-    show_default=True,
-    help="Of the factors.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@choice_option("--form", ["kohya", "peft"], help="How the tensors are named.")
+@choice_option("--dtype", ["float16", "bfloat16", "float32"], help="Of the factors.")
+@merge_device_option
+@overwrite_option
 @click.option("--layers", is_flag=True, help="Show every layer, not only blocks.")
 @json_option
-@common_options
 def extract_lora_command(
     recipe: str,
     out: Path,
@@ -76,8 +66,7 @@ def extract_lora_command(
 
     if rank is not None and energy is not None:
         raise click.UsageError("give either --rank or --energy")
-    bars = Bars(quiet=is_quiet())
-    try:
+    with Bars(quiet=is_quiet()) as bars:
         result = extract_lora(
             load_recipe(recipe, overrides),
             out,
@@ -90,8 +79,6 @@ def extract_lora_command(
             overwrite=overwrite,
             on_progress=bars,
         )
-    finally:
-        bars.close()
     if as_json:
         print_json(extraction_to_json(result))
         return

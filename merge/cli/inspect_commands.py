@@ -6,16 +6,13 @@ from pathlib import Path
 
 import click
 
-from merge.cli.output import common_options, examples, json_option, print_json
+from merge.cli.options import PATH, command, json_option
+from merge.cli.output import print_json
 
 
-@click.command(
-    "show",
-    epilog=examples("show outputs/demo", "show lora.safetensors --json"),
-)
-@click.argument("path", metavar="FILE_OR_FOLDER", type=click.Path(path_type=Path))
+@command("show", "show outputs/demo", "show lora.safetensors --json")
+@click.argument("path", metavar="FILE_OR_FOLDER", type=PATH)
 @json_option
-@common_options
 def show_command(path: Path, as_json: bool) -> None:
     """Say what a checkpoint is: architecture, layout, dtypes, parents, recipe, hashes."""
     from merge.records.describe import describe_path, render_description
@@ -27,9 +24,8 @@ def show_command(path: Path, as_json: bool) -> None:
         click.echo(render_description(description))
 
 
-@click.command("env", epilog=examples("env", "env --json"))
+@command("env", "env", "env --json")
 @json_option
-@common_options
 def env_command(as_json: bool) -> None:
     """Show versions, devices, cache and offline settings, for bug reports."""
     from merge.records.environment import describe_environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -12,14 +13,8 @@ from typing import NoReturn
 import click
 
 from merge._version import __version__
-from merge.cli.output import (
-    TOKEN_HINT,
-    Verbosity,
-    configure_logging,
-    examples,
-    say,
-    wants_debug,
-)
+from merge.cli.options import examples, wants_debug
+from merge.cli.output import TOKEN_HINT, configure_logging, say
 from merge.cli.signals import Terminated, UnwindingSignals
 from merge.errors import MergeError
 
@@ -72,7 +67,11 @@ class _LazyGroup(click.Group):
 
 @click.group(
     cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
     epilog=examples(
         "recipes",
         "plan sd15-lcm-lora",
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     (`merge.errors`), 1 for anything unexpected.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    configure_logging(Verbosity.NORMAL)
+    configure_logging(logging.WARNING)
     with UnwindingSignals() as signals:
         code = _run(words, signals)
     sys.exit(code)

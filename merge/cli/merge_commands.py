@@ -7,37 +7,42 @@ from typing import TYPE_CHECKING
 
 import click
 
-from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
+from merge.cli.options import (
+    PATH,
+    command,
+    json_option,
+    merge_device_option,
+    overrides_argument,
+    overwrite_option,
+)
+from merge.cli.output import Bars, is_quiet, print_json, remark
 
 if TYPE_CHECKING:
     from merge.sources.model import Sources
 
 
-@click.command(
+@command(
     "run",
-    epilog=examples(
-        "run demo",
-        "run sd15-lcm-lora weight=0.8 --out outputs/mine",
-        "run my.yaml models.target=./ip2p out_dtype=bfloat16 --device cuda",
-        "run my.yaml --write-lock",
-        "run outputs/mine/recipe.lock.yaml --out outputs/again",
-    ),
+    "run demo",
+    "run sd15-lcm-lora weight=0.8 --out outputs/mine",
+    "run my.yaml models.target=./ip2p out_dtype=bfloat16 --device cuda",
+    "run my.yaml --write-lock",
+    "run outputs/mine/recipe.lock.yaml --out outputs/again",
 )
 @click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="The output folder itself.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@overrides_argument
+@click.option("--out", type=PATH, help="The output folder itself.")
+@merge_device_option
 @click.option(
     "--threads", type=click.IntRange(1, 64), help="Workers; the bytes do not depend on it."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@overwrite_option
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run left.")
 @click.option("--no-verify", is_flag=True, help="Leave out the closing edit.")
 @click.option(
     "--locked", is_flag=True, help="Use exactly the inputs of NAME.lock.yaml beside the recipe."
 )
 @click.option("--write-lock", is_flag=True, help="Make NAME.lock.yaml beside the recipe.")
-@common_options
 def run_command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -62,14 +67,13 @@ def run_command(
 
     if locked and write_lock:
         raise click.UsageError("--locked uses a lock and --write-lock makes one: give one of them")
-    bars = Bars(quiet=is_quiet())
     loaded, lock = load_recipe_or_lock(recipe, overrides)
     if lock is not None and write_lock:
         raise click.UsageError(f"{recipe} is a lock already, so --write-lock has no use")
     lock_path = lock_path_of(recipe, loaded.name) if lock is None else None
     if locked and lock_path is not None:
         loaded, lock = lock_for(loaded, lock_path)
-    try:
+    with Bars(quiet=is_quiet()) as bars:
         result = run_recipe(
             loaded,
             out,
@@ -82,30 +86,26 @@ def run_command(
             write_lock=lock_path if write_lock else None,
             on_progress=bars,
         )
-    finally:
-        bars.close()
-    if not is_quiet():
-        counts = result.plan.counts
-        applied = counts["delta"] + counts["lora"] + counts["bake"]
-        click.echo(
-            f"merged {applied} of {len(result.plan.tensors)} tensors in "
-            f"{result.seconds['merge']:.1f} s, {result.seconds['total']:.1f} s in all; "
-            f"recipe digest {result.recipe_digest[:16]}",
-            err=True,
-        )
-        if result.verdict:
-            click.echo(result.verdict, err=True)
+    counts = result.plan.counts
+    applied = counts["delta"] + counts["lora"] + counts["bake"]
+    remark(
+        f"merged {applied} of {len(result.plan.tensors)} tensors in "
+        f"{result.seconds['merge']:.1f} s, {result.seconds['total']:.1f} s in all; "
+        f"recipe digest {result.recipe_digest[:16]}"
+    )
+    if result.verdict:
+        remark(result.verdict)
     click.echo(result.folder)
 
 
-@click.command(
+@command(
     "plan",
-    epilog=examples("plan demo", "plan demo weight=0.5 --json"),
+    "plan demo",
+    "plan demo weight=0.5 --json",
 )
 @click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@overrides_argument
 @json_option
-@common_options
 def plan_command(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what a RECIPE will do to every tensor, from the files' headers alone.
 
@@ -137,27 +137,24 @@ def _tell_download(sources: Sources) -> None:
 
     files = {file.path: file for model in sources.models for file in model.files}
     absent = [file for file in files.values() if not file.is_present]
-    if absent and not is_quiet():
+    if absent:
         size = format_bytes(sum(file.size_bytes for file in absent))
-        click.echo(f"a run downloads {size} in {len(absent)} files first", err=True)
+        remark(f"a run downloads {size} in {len(absent)} files first")
 
 
-@click.command(
+@command(
     "reproduce",
-    epilog=examples(
-        "reproduce outputs/mine",
-        "reproduce downloads/somebodys-model --out outputs/again",
-        "reproduce outputs/mine models.target.path=./ip2p",
-    ),
+    "reproduce outputs/mine",
+    "reproduce downloads/somebodys-model --out outputs/again",
+    "reproduce outputs/mine models.target.path=./ip2p",
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[models.ROLE.path=PATH]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Keep the new output as this folder.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--out", type=PATH, help="Keep the new output as this folder.")
+@merge_device_option
 @click.option("--threads", type=click.IntRange(1, 64), help="Workers.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted one left at --out.")
 @json_option
-@common_options
 def reproduce_command(
     folder: Path,
     overrides: tuple[str, ...],
@@ -177,8 +174,7 @@ def reproduce_command(
         raise click.UsageError("--resume needs --out: without it nothing of a repetition is kept")
     from merge.run.repetition import reproduce
 
-    bars = Bars(quiet=is_quiet())
-    try:
+    with Bars(quiet=is_quiet()) as bars:
         found = reproduce(
             folder,
             out,
@@ -188,16 +184,12 @@ def reproduce_command(
             resume=resume,
             on_progress=bars,
         )
-    finally:
-        bars.close()
     if as_json:
         tree = {"folder": str(folder), "reproduced": True, "recipe_digest": found.recipe_digest}
         print_json({**tree, "files": dict(found.sha256)})
         return
-    if not is_quiet():
-        click.echo(
-            f"reproduced: {len(found.sha256)} files, manifest and provenance have the same bytes; "
-            f"recipe digest {found.recipe_digest[:16]}",
-            err=True,
-        )
+    remark(
+        f"reproduced: {len(found.sha256)} files, manifest and provenance have the same bytes; "
+        f"recipe digest {found.recipe_digest[:16]}"
+    )
     click.echo(out if out is not None else folder)

@@ -1,25 +1,24 @@
-"""What every command shares: verbosity, progress bars, JSON."""
+"""What every command shares: messages, progress bars, JSON."""
 
 from __future__ import annotations
 
-import enum
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from merge.background.closable import Closable
 from merge.disclosure.secrets import known_tokens, redact
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 TOKEN_HINT = "a token comes from HF_TOKEN or `hf auth login`, and from nowhere else"
-_STATE = {"debug": False}
 _STAGE_WORDS = {
     "convert": "converting",
     "download": "downloading",
@@ -33,22 +32,14 @@ _SILENT_STAGES = ("resolve",)
 _BYTE_STAGES = ("convert", "download", "hash", "merge")
 
 
-class Verbosity(enum.IntEnum):
-    """How much goes to stderr."""
-
-    QUIET = logging.ERROR
-    NORMAL = logging.WARNING
-    VERBOSE = logging.INFO
-
-
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = redact(record.getMessage(), known_tokens())
         return f"warning: {text}" if record.levelno >= logging.WARNING else text
 
 
-def configure_logging(level: Verbosity) -> None:
-    """Send this package's messages to stderr."""
+def configure_logging(level: int) -> None:
+    """Send this package's messages from a level of `logging` on to stderr."""
     logger = logging.getLogger("merge")
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -63,48 +54,6 @@ def say(text: str) -> None:
     click.echo(redact(text, known_tokens()), err=True)
 
 
-def wants_debug() -> bool:
-    """Return True after `--debug`: errors then show their traceback."""
-    return _STATE["debug"]
-
-
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add -q, -v and --debug, which act before the command runs."""
-
-    def quiet(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        if value:
-            configure_logging(Verbosity.QUIET)
-            ctx.meta["merge.quiet"] = True
-
-    def verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        if value:
-            configure_logging(Verbosity.VERBOSE)
-
-    def debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        if value:
-            _STATE["debug"] = True
-
-    common: dict[str, Any] = {"is_flag": True, "expose_value": False}
-    for option in (
-        click.option("--debug", callback=debug, help="Show tracebacks.", **common),
-        click.option("-v", "--verbose", callback=verbose, help="Say more.", **common),
-        click.option("-q", "--quiet", callback=quiet, help="Only errors, no bars.", **common),
-    ):
-        command = option(command)
-    return command
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def examples(*lines: str) -> str:
-    """Return an epilog that shows commands, one a line."""
-    # Click rewraps a paragraph unless it starts with this character.
-    return "\n".join(["\b", "Examples:", *(f"  instruct-merge {line}" for line in lines)])
-
-
 def print_json(tree: Any) -> None:
     """Print a value as JSON on stdout."""
     click.echo(json.dumps(tree, indent=2, ensure_ascii=False))
@@ -115,7 +64,19 @@ def is_quiet() -> bool:
     return bool(click.get_current_context().meta.get("merge.quiet"))
 
 
-class Bars:
+def remark(*lines: str) -> None:
+    """Print lines on stderr, unless `-q` was given."""
+    for line in lines if not is_quiet() else ():
+        click.echo(line, err=True)
+
+
+def list_first(items: Sequence[object], count: int = 5) -> str:
+    """Return the first few of some names as text, and how many more there are."""
+    more = f" and {len(items) - count} more" if items[count:] else ""
+    return ", ".join(map(str, items[:count])) + more
+
+
+class Bars(Closable):
     """One tqdm bar per stage on stderr; none where stderr is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from merge.cli.output import Bars, common_options, examples, is_quiet, json_option, print_json
+from merge.cli.options import PATH, command, json_option
+from merge.cli.output import Bars, is_quiet, print_json, remark
 
 if TYPE_CHECKING:
     from merge.publication.model import Prepared
 
 
-@click.command(
+@command(
     "publish",
-    epilog=examples(
-        "publish outputs/mine --repo-id me/fast-edits --dry-run",
-        "publish outputs/mine --repo-id me/fast-edits",
-        "publish outputs/mine --repo-id me/fast-edits --public --license openrail++",
-    ),
+    "publish outputs/mine --repo-id me/fast-edits --dry-run",
+    "publish outputs/mine --repo-id me/fast-edits",
+    "publish outputs/mine --repo-id me/fast-edits --public --license openrail++",
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--repo-id", required=True, metavar="ORG/NAME", help="Created when it is not there.")
 @click.option("--public", is_flag=True, help="For all to see; without it, a private repository.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Check, then print every file and the card.")
 @json_option
-@common_options
 def publish_command(
     folder: Path,
     repo_id: str,
@@ -56,41 +55,31 @@ def publish_command(
     from merge.publication.publish import publish
 
     bars = Bars(quiet=is_quiet())
-    try:
+
+    def on_bytes(done: int, total: int) -> None:
+        bars("hash", done, total)
+
+    with bars:
         if dry_run:
-            prepared = prepare(
+            prepared = prepare(folder, repo_id, license=license, only=only, on_bytes=on_bytes)
+        else:
+            published = publish(
                 folder,
                 repo_id,
+                public=public,
+                create_pr=create_pr,
                 license=license,
                 only=only,
-                on_bytes=lambda done, total: bars("hash", done, total),
+                on_bytes=on_bytes,
             )
-            bars.close()
-            _print_prepared(prepared, as_json)
-            return
-        published = publish(
-            folder,
-            repo_id,
-            public=public,
-            create_pr=create_pr,
-            license=license,
-            only=only,
-            on_bytes=lambda done, total: bars("hash", done, total),
-        )
-    finally:
-        bars.close()
-    _print_notes(published.notes)
-    if as_json:
-        print_json(
-            {
-                "repo_id": published.repo_id,
-                "url": published.url,
-                "commit": published.commit,
-                "notes": list(published.notes),
-            }
-        )
+    if dry_run:
+        _print_prepared(prepared, as_json)
         return
-    click.echo(published.url)
+    _remark_notes(published.notes)
+    if as_json:
+        print_json(dataclasses.asdict(published))
+    else:
+        click.echo(published.url)
 
 
 def _print_prepared(prepared: Prepared, as_json: bool) -> None:
@@ -107,7 +96,7 @@ def _print_prepared(prepared: Prepared, as_json: bool) -> None:
             }
         )
         return
-    _print_notes(prepared.notes)
+    _remark_notes(prepared.notes)
     for name, size in prepared.sizes.items():
         click.echo(f"{size:>15,}  {name}")
     total = format_bytes(prepared.size_bytes)
@@ -115,7 +104,5 @@ def _print_prepared(prepared: Prepared, as_json: bool) -> None:
     click.echo(prepared.card, nl=False)
 
 
-def _print_notes(notes: tuple[str, ...]) -> None:
-    if not is_quiet():
-        for note in notes:
-            click.echo(f"note: {note}", err=True)
+def _remark_notes(notes: tuple[str, ...]) -> None:
+    remark(*(f"note: {note}" for note in notes))

@@ -7,46 +7,46 @@ from pathlib import Path
 
 import click
 
-from merge.cli.output import common_options, examples, json_option, print_json
-from merge.errors import MergeError, OutputExistsError, RecipeError
+from merge.cli.options import PATH, command, json_option
+from merge.cli.output import print_json
+from merge.errors import OutputExistsError, RecipeError
 from merge.writer.tensors import write_error
 
 
-@click.command("validate", epilog=examples("validate my.yaml sdxl-turbo"))
+@command("validate", "validate my.yaml sdxl-turbo")
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
-@common_options
 def validate_command(recipes: tuple[str, ...]) -> None:
     """Check recipes and locks: schema and values only, no model is looked at."""
     from merge.records.lock.find import load_recipe_or_lock
 
-    failures: list[MergeError] = []
+    failures = 0
     for name in recipes:
         try:
             loaded, _ = load_recipe_or_lock(name)
             click.echo(f"{name}: ok ({loaded.name})")
         except RecipeError as error:
-            failures.append(error)
-            if len(recipes) > 1:
-                click.echo(f"error: {error}", err=True)
-    if len(recipes) == 1 and failures:
-        raise failures[0]
+            if len(recipes) == 1:
+                raise
+            failures += 1
+            click.echo(f"error: {error}", err=True)
     if failures:
-        raise RecipeError(f"{len(failures)} of {len(recipes)} recipes are not valid", [])
+        raise RecipeError(f"{failures} of {len(recipes)} recipes are not valid", [])
 
 
-@click.command(
+@command(
     "recipes",
-    epilog=examples("recipes", "recipes sdxl-turbo", "recipes sdxl-turbo --copy my.yaml"),
+    "recipes",
+    "recipes sdxl-turbo",
+    "recipes sdxl-turbo --copy my.yaml",
 )
 @click.argument("name", required=False)
 @click.option(
     "--copy",
     "destination",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Copy the recipe to a file or into a folder instead of printing it.",
 )
 @json_option
-@common_options
 def recipes_command(name: str | None, destination: Path | None, as_json: bool) -> None:
     """List the bundled recipes, or print or copy the one called NAME."""
     from merge.recipe.bundled import bundled_recipes, describe_recipe, find_recipe

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from merge.cli.output import (
-    Bars,
-    common_options,
-    examples,
-    is_quiet,
-    json_option,
-    print_json,
-    silence_libraries,
-)
-
-if TYPE_CHECKING:
-    from merge.verify.model import CompareOptions
+from merge.cli.options import PATH, STEPS, check_scale, command, edit_device_option, json_option
+from merge.cli.output import Bars, is_quiet, print_json, remark, silence_libraries
 
 
-@click.command(
+@command(
     "verify",
-    epilog=examples(
-        "verify outputs/demo",
-        "verify outputs/demo --files",
-        "verify outputs/demo --strict",
-        "verify outputs/mine --edits edits.yaml --compare timbrooks/instruct-pix2pix",
-    ),
+    "verify outputs/demo",
+    "verify outputs/demo --files",
+    "verify outputs/demo --strict",
+    "verify outputs/mine --edits edits.yaml --compare timbrooks/instruct-pix2pix",
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--files", is_flag=True, help="Recompute every hash of the manifest; no edits.")
 @click.option(
     "--edits",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="YAML list of {image, instruction, seed, before_caption, after_caption, expected}; "
     "default: pictures that come with the tool.",
 )
@@ -44,37 +31,23 @@ if TYPE_CHECKING:
     metavar="TARGET",
     help="Also the pictures of this unmerged model: a folder, or org/name[@revision] on the Hub.",
 )
-@click.option(
-    "--compare-steps",
-    default=50,
-    show_default=True,
-    type=click.IntRange(1, 1000),
-    help="Of the target's own scheduler.",
-)
-@click.option(
-    "--compare-guidance-scale", default=7.5, show_default=True, help="Of the target at those steps."
-)
-@click.option(
-    "--compare-image-guidance-scale",
-    default=1.5,
-    show_default=True,
-    help="Of the target at those steps.",
-)
+@click.option("--compare-steps", default=50, type=STEPS, help="Of the target's own scheduler.")
+@click.option("--compare-guidance-scale", default=7.5, help="Of the target at those steps.")
+@click.option("--compare-image-guidance-scale", default=1.5, help="Of the target at those steps.")
 @click.option("--no-cache", is_flag=True, help="Make the target's pictures anew and keep none.")
 @click.option(
     "--clip", metavar="MODEL", help="CLIP model to measure edits with: a folder or org/name."
 )
 @click.option("--strict", is_flag=True, help="Exit 9 for a warning too, such as for noise.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@edit_device_option
 @click.option(
     "--target-weights",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     hidden=True,
     help="The unmerged UNet's files, to measure how far it moved and what it thinks of the edits.",
 )
 @json_option
-@common_options
 def verify_command(
     folder: Path,
     files: bool,
@@ -99,9 +72,8 @@ def verify_command(
         raise click.UsageError(
             "--files runs no edits, so --edits, --compare, --clip and --strict have no use"
         )
-    bars = Bars(quiet=is_quiet())
     if files:
-        _verify_files(folder, bars, as_json)
+        _verify_files(folder, as_json)
         return
     if any(name and not Path(name).expanduser().is_dir() for name in (compare, clip)):
         # On the Hub, then; an export by itself needs nothing from there.
@@ -119,58 +91,41 @@ def verify_command(
         options = CompareOptions(
             compare,
             compare_steps,
-            compare_guidance_scale,
-            compare_image_guidance_scale,
+            check_scale(compare_guidance_scale, "--compare-guidance-scale"),
+            check_scale(compare_image_guidance_scale, "--compare-image-guidance-scale"),
             not no_cache,
         )
-        _check_scales(options)
     try:
-        report = verify_folder(
-            folder,
-            edits=read_edits(edits) if edits is not None else [],
-            device=device,
-            compare=options,
-            clip=clip,
-            target_weights=target_weights,
-            strict=strict,
-            on_edit=lambda done, total: bars("verify", done, total),
-        )
+        with Bars(quiet=is_quiet()) as bars:
+            report = verify_folder(
+                folder,
+                edits=read_edits(edits) if edits is not None else [],
+                device=device,
+                compare=options,
+                clip=clip,
+                target_weights=target_weights,
+                strict=strict,
+                on_edit=lambda done, total: bars("verify", done, total),
+            )
     except VerificationError:
         if as_json:
             click.echo((folder / "report.json").read_text(encoding="utf-8"), nl=False)
         raise
-    finally:
-        bars.close()
     tree = report_to_json(report)
     if as_json:
         click.echo(json_bytes(tree).decode(), nl=False)
         return
-    if not is_quiet():
-        for line in filter(None, (tree["verdict"], tree["not_judged"])):
-            click.echo(line, err=True)
+    remark(*filter(None, (tree["verdict"], tree["not_judged"])))
     click.echo(folder)
 
 
-def _verify_files(folder: Path, bars: Bars, as_json: bool) -> None:
+def _verify_files(folder: Path, as_json: bool) -> None:
     from merge.verify.files import verify_files
 
-    try:
+    with Bars(quiet=is_quiet()) as bars:
         count = verify_files(folder, lambda done, total: bars("hash", done, total))
-    finally:
-        bars.close()
     if as_json:
         print_json({"folder": str(folder), "files": count, "passed": True})
         return
-    if not is_quiet():
-        click.echo(f"{count} files are as the manifest says", err=True)
+    remark(f"{count} files are as the manifest says")
     click.echo(folder)
-
-
-def _check_scales(options: CompareOptions) -> None:
-    for name in ("guidance_scale", "image_guidance_scale"):
-        value = getattr(options, name)
-        if not 0 <= value < float("inf"):
-            raise click.BadParameter(
-                f"{value} is not a finite number of at least 0",
-                param_hint=f"--compare-{name.replace('_', '-')}",
-            )

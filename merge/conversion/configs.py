@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge.errors import CheckpointError, SourceError, SourceNotFoundError
+from merge.conversion.problems import refuse
+from merge.errors import SourceError, SourceNotFoundError
 from merge.family.model import Family
 from merge.family.registry import component_named
 from merge.json_files import read_json
-from merge.plan.compat import WHOLE_HINT
 from merge.reader.checkpoint import read_checkpoint
 from merge.sources.components import refuse_own_code
 from merge.sources.select import companion_files, has_weights, plain_name, select_weights
@@ -59,7 +59,7 @@ def read_configs(folder: Path) -> Configs:
     missing: list[str] = []
     components: dict[str, Mapping[str, Any]] = {}
     for name, entry in sorted(index.items()):
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+        if not _is_listed(index, name):
             continue
         part = folder / name
         refuse_own_code(name, entry, str(folder))
@@ -73,7 +73,7 @@ def read_configs(folder: Path) -> Configs:
                 continue
             files |= {f"{name}/{new}": part / old for new, old in weights.items()}
         files |= {f"{name}/{other}": part / other for other in companion_files(names)}
-        if (part / "config.json").is_file():
+        if "config.json" in names:
             components[name] = read_json(part / "config.json")
     return Configs(folder, index, files, tuple(missing), components)
 
@@ -116,11 +116,11 @@ def check_configs(
     if guidance is not None and configs.components.get(main, {}).get(guidance.field) is not None:
         what = "the config asks for a guidance embedding, which no single file has"
         problems.append(f"{main}: {what}")
-    if problems:
-        raise CheckpointError(
-            "\n  ".join([f"{configs.folder} is not the config of this file:", *problems]),
-            hint="--config takes a pipeline folder of the same architecture and channels",
-        )
+    refuse(
+        problems,
+        f"{configs.folder} is not the config of this file:",
+        hint="--config takes a pipeline folder of the same architecture and channels",
+    )
 
 
 def _weights(part: Path, names: set[str]) -> dict[str, str] | None:
@@ -179,10 +179,7 @@ def fit_parts(
             problems.append(f"{name}: its tensors have other shapes than its config asks for")
         problems += fit.problems
         notes += fit.notes
-    if problems:
-        raise CheckpointError(
-            "\n  ".join(["it is not whole, or not of its configs:", *problems]), hint=WHOLE_HINT
-        )
+    refuse(problems, "it is not whole, or not of its configs:")
     return shaped, tuple(notes)
 
 

@@ -6,12 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge.conversion.configs import (
-    Configs,
-    check_configs,
-    fit_parts,
-    read_configs,
-)
+from merge.conversion.configs import Configs, check_configs, fit_parts, read_configs
+from merge.conversion.problems import naming
 from merge.errors import CheckpointError
 from merge.family.keys.single_file import unknown_keys
 from merge.family.registry import recognise
@@ -66,7 +62,7 @@ def read_single_file(
             configs are those of another model.
     """
     raw = read_checkpoint([source], allow_pickle=allow_pickle)
-    try:
+    with naming(source):
         intake = take_in(raw, ema)
         _check_kind(intake.prediction)
         excluded = {
@@ -80,22 +76,13 @@ def read_single_file(
         found = recognise({copy.name: copy.shape for copy in copies})
         if found is None:
             raise CheckpointError(f"its {main} is of no architecture that is known")
-    except CheckpointError as error:
-        raise _of(source, error) from None
     configs = read_configs(config)
     check_configs(configs, relayout.copies, found.family)
-    try:
+    with naming(source):
         _check_prediction(intake.prediction, configs)
         parts, notes = fit_parts(configs, relayout.copies)
-    except CheckpointError as error:
-        raise _of(source, error) from None
     left_out = {**relayout.left_out, **intake.left_out, **excluded, **dict(checkpoint.left_out)}
     return SingleFile(checkpoint, parts, configs, left_out, (*intake.warnings, *notes))
-
-
-def _of(source: Path, error: CheckpointError) -> CheckpointError:
-    joint = " " if error.message.startswith("is ") else ": "
-    return CheckpointError(f"{source}{joint}{error.message}", hint=error.hint)
 
 
 def _check_kind(prediction: Prediction) -> None:

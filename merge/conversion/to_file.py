@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from merge.conversion.metadata import CONVERTIBLE_HINT, single_file_metadata
 from merge.conversion.model import ByteCount, ConvertResult, Options, WrittenFile
+from merge.conversion.problems import naming, refuse
 from merge.errors import CheckpointError, SourceNotFoundError
-from merge.family.expected.fit import fit_to_config
+from merge.family.expected.fit import Fit, fit_to_config
 from merge.family.model import Recognised
 from merge.family.registry import FAMILIES, main_names, recognise
 from merge.json_files import read_json
-from merge.plan.compat import WHOLE_HINT
 from merge.reader.checkpoint import Checkpoint, read_checkpoint, verify_records
 from merge.reader.intake import reshaped, take_in
 from merge.sources.select import has_weights, select_weights
@@ -39,19 +38,20 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
     main = next((name for name in names if (source / name).is_dir()), names[0])
     parts = {main: _read_component(source, main, options.allow_pickle)}
     # A layer may be a matrix or a convolution there, which tells families apart.
-    found = _recognise(source / main, _fitted(source, parts, is_whole=False)[0][main])
+    shapes = _fit(source, main, parts[main]).shapes
+    found = _recognise(source / main, reshaped(parts[main], shapes))
     assert found.family.single_file is not None
     for name in found.family.single_file.components[1:]:
         parts[name] = _read_component(source, name, options.allow_pickle)
-    parts, shape_notes = _fitted(source, parts)
-    scheduler = _scheduler(source)
+    fits = {name: _fit(source, name, part) for name, part in parts.items()}
+    problems = [problem for fit in fits.values() for problem in fit.problems]
+    refuse(problems, f"{source} is not whole, or not of its configs:")
+    parts = {name: reshaped(part, fits[name].shapes) for name, part in parts.items()}
+    prediction_type = _prediction_type(source)
     relayout = plan_single_file(parts)
     copies = relayout.copies[""]
     metadata = single_file_metadata(
-        found,
-        out.stem,
-        prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        inherited=parts[main].metadata,
+        found, out.stem, prediction_type=prediction_type, inherited=parts[main].metadata
     )
     left_out = {**relayout.left_out, **_without_place(source, parts)}
     for name, part in parts.items():
@@ -60,17 +60,18 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
     output.check_space(header.file_bytes)
     count = ByteCount(options.on_progress, header.file_bytes - header.data_start)
     with output:
-        check_pickles(parts)
-        size, sha256 = write_tensor_copies(output.partial, copies, metadata, on_bytes=count)
+        check_pickles(parts.values())
+        written = write_tensor_copies(output.partial, copies, metadata, on_bytes=count)
         output.publish()
-    notes = (*shape_notes, *_notes(found, out, source))
-    files = {out.name: WrittenFile(size, sha256)}
-    return ConvertResult(out, "single-file", files, left_out, notes)
+    files = {out.name: WrittenFile(*written)}
+    notes = [note for fit in fits.values() for note in fit.notes]
+    notes.append(_loading_note(found, out, source))
+    return ConvertResult(out, "single-file", files, left_out, tuple(notes))
 
 
-def check_pickles(parts: Mapping[str, Checkpoint]) -> None:
+def check_pickles(parts: Iterable[Checkpoint]) -> None:
     """Compare the checksums of inputs that are pickles; other files have none."""
-    for part in parts.values():
+    for part in parts:
         for file in part.files:
             if file.is_pickle:
                 verify_records(file.path, file.stamp)
@@ -89,45 +90,17 @@ def _read_component(source: Path, name: str, allow_pickle: bool) -> Checkpoint:
     weights = select_weights(names, None, str(folder), allow_pickle=allow_pickle)
     paths = [folder / file for file in weights.names]
     checkpoint = read_checkpoint(paths, allow_pickle=allow_pickle)
-    try:
+    with naming(folder):
         return take_in(checkpoint).checkpoint
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error.message}", hint=error.hint) from None
 
 
-def _fitted(
-    source: Path, parts: Mapping[str, Checkpoint], *, is_whole: bool = True
-) -> tuple[dict[str, Checkpoint], tuple[str, ...]]:
-    """Give every component the shapes of its config.
-
-    Args:
-        source: The folder.
-        parts: Its components' tensors.
-        is_whole: Refuse what does not fit; otherwise it is passed over.
-
-    Raises:
-        CheckpointError: a weight is missing, or its numbers are not those of the shape.
-    """
-    index_path = source / "model_index.json"
-    index = read_json(index_path) if index_path.is_file() else {}
-    fitted: dict[str, Checkpoint] = {}
-    problems: list[str] = []
-    notes: list[str] = []
-    for name, part in parts.items():
-        path = source / name / "config.json"
-        entry = index.get(name)
-        class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
-        config = read_json(path) if path.is_file() else None
-        fit = fit_to_config(name, part.shapes, config, class_name)
-        fitted[name] = reshaped(part, fit.shapes)
-        problems += fit.problems
-        notes += fit.notes
-    if problems and is_whole:
-        raise CheckpointError(
-            "\n  ".join([f"{source} is not whole, or not of its configs:", *problems]),
-            hint=WHOLE_HINT,
-        )
-    return fitted, tuple(notes)
+def _fit(source: Path, name: str, part: Checkpoint) -> Fit:
+    """Compare a component of the folder with its config, and with what the pipeline says it is."""
+    index, config = source / "model_index.json", source / name / "config.json"
+    entry = read_json(index).get(name) if index.is_file() else None
+    class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
+    tree = read_json(config) if config.is_file() else None
+    return fit_to_config(name, part.shapes, tree, class_name)
 
 
 def _recognise(folder: Path, part: Checkpoint) -> Recognised:
@@ -149,10 +122,15 @@ def _recognise(folder: Path, part: Checkpoint) -> Recognised:
     return found
 
 
-def _scheduler(source: Path) -> dict[str, Any]:
+def _prediction_type(source: Path) -> str:
+    """Return what the model predicts, in diffusers' words.
+
+    Raises:
+        CheckpointError: it is an EDM model.
+    """
     path = source / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        return {}
+        return "epsilon"
     config = read_json(path)
     name = str(config.get("_class_name", ""))
     if name.startswith("EDM"):
@@ -161,7 +139,7 @@ def _scheduler(source: Path) -> dict[str, Any]:
             "that a folder does not have",
             hint="without them every reader would take it for an epsilon model; keep the folder",
         )
-    return config
+    return str(config.get("prediction_type", "epsilon"))
 
 
 def _without_place(source: Path, parts: Mapping[str, Checkpoint]) -> dict[str, str]:
@@ -178,9 +156,9 @@ def _without_place(source: Path, parts: Mapping[str, Checkpoint]) -> dict[str, s
     return left_out
 
 
-def _notes(found: Recognised, out: Path, source: Path) -> tuple[str, ...]:
+def _loading_note(found: Recognised, out: Path, source: Path) -> str:
     name = found.family.pipeline_class if found.is_edit else found.family.plain_class
     # Without `config` diffusers takes an 8-channel SDXL file for a plain one.
     # As they were given, so that the line works from where the command was typed.
-    line = f"{name}.from_single_file({json.dumps(str(out))}, config={json.dumps(str(source))})"
-    return (f"diffusers loads it with {line}",)
+    arguments = f"{json.dumps(str(out))}, config={json.dumps(str(source))}"
+    return f"diffusers loads it with {name}.from_single_file({arguments})"

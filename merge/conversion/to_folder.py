@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from merge.conversion.to_file import check_pickles
 from merge.disclosure.portable import blank_file, describe_blank, is_config
 from merge.family.registry import component_named
 from merge.json_files import json_bytes
-from merge.writer.copies.model import TensorCopy
 from merge.writer.copies.write import plan_header, write_tensor_copies
 from merge.writer.folder import OutputFolder
 from merge.writer.overlap import refuse_overlap
@@ -55,10 +53,16 @@ def convert_to_folder(source: Path, out: Path, config: Path, options: Options) -
         **dict.fromkeys(configs.missing, f"neither {source.name} nor {config} has its weights"),
     }
     with output:
-        check_pickles({"": checkpoint})
+        check_pickles([checkpoint])
         blanked = _copy_configs(output, configs)
         count = ByteCount(options.on_progress, total - sum(header.data_start for header in planned))
-        files = _write_weights(output, parts, headers, count)
+        files: dict[str, WrittenFile] = {}
+        for name, copies in parts.items():
+            part = component_named(name)
+            assert part is not None
+            path = output.place(part.file_name)
+            written = write_tensor_copies(path, copies, headers[name], on_bytes=count)
+            files[part.file_name] = WrittenFile(*written)
         record = {
             "tool": {"name": "instruct-merge", "version": __version__},
             "source": source.name,
@@ -88,20 +92,3 @@ def _copy_configs(output: OutputFolder, configs: Configs) -> tuple[str, ...]:
         else:
             output.copy_file(path, name, stop)
     return tuple(lines)
-
-
-def _write_weights(
-    output: OutputFolder,
-    parts: Mapping[str, Sequence[TensorCopy]],
-    headers: Mapping[str, Mapping[str, str]],
-    count: ByteCount,
-) -> dict[str, WrittenFile]:
-    files = {}
-    for component, copies in parts.items():
-        part = component_named(component)
-        assert part is not None
-        name = part.file_name
-        path = output.place(name)
-        size, sha256 = write_tensor_copies(path, copies, headers[component], on_bytes=count)
-        files[name] = WrittenFile(size, sha256)
-    return files

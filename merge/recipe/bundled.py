@@ -9,6 +9,7 @@ from merge.errors import RecipeError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 RECIPE_SUFFIXES = (".yaml", ".yml")
+_HINT = "`instruct-merge recipes` lists the bundled ones and copies them"
 
 
 def bundled_folder() -> Path:
@@ -40,19 +41,12 @@ def find_recipe(name_or_path: str) -> Path:
     try:
         is_file = path.is_file()
     except OSError as error:
-        raise RecipeError(
-            f"there is no recipe {name_or_path[:80]}: {error.strerror}",
-            [],
-            hint="`instruct-merge recipes` lists the bundled ones and copies them",
-        ) from None
+        message = f"there is no recipe {name_or_path[:80]}: {error.strerror}"
+        raise RecipeError(message, [], hint=_HINT) from None
     if is_file:
         return path
     if path.suffix in RECIPE_SUFFIXES or len(path.parts) > 1:
-        raise RecipeError(
-            f"there is no recipe file {name_or_path}",
-            [],
-            hint="`instruct-merge recipes` lists the bundled ones and copies them",
-        )
+        raise RecipeError(f"there is no recipe file {name_or_path}", [], hint=_HINT)
     recipes = bundled_recipes()
     if name_or_path in recipes:
         return recipes[name_or_path]

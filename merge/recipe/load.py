@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from merge.disclosure.secrets import find_tokens
 from merge.errors import RecipeError
 from merge.family.registry import mergeable_names
 from merge.recipe.bundled import expand_home, find_recipe
-from merge.recipe.schema import DistilledRef, EditSpec, ModelRef, Recipe
+from merge.recipe.schema import DistilledRef, EditSpec, Recipe
 from merge.recipe.text import annotation_at, fields_of, parse_value, parse_yaml
-from merge.recipe.validate import validate
+from merge.recipe.validate import did_you_mean, validate
 
 # Resolvers such as ${oc.env:TOKEN} leak secrets and ${oc.coerce:...} imports modules named in the
 # YAML, so only a plain ${key} may appear.
 _INTERPOLATION = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.\[\]]*\}")
 # A dozen strings that each repeat another ten times would fill the memory.
 MAX_INTERPOLATIONS = 16
-_KEY_PART = re.compile(r"([^.\[\]=]+)|\[([^\]]+)\]")
+_KEY_PART = r"([^.\[\]=]++)|\[([^\]]+)\]"
+_KEY = re.compile(rf"(?:{_KEY_PART})(?:\.?(?:{_KEY_PART}))*")
 
 Keys = list[str | int]
 
@@ -134,9 +134,6 @@ def _apply_override(tree: dict[str, Any], word: str, problems: list[str]) -> Key
     node: Any = tree
     for key, following in itertools.pairwise(keys):
         node = _step_into(node, key, [] if isinstance(following, int) else {})
-        if node is None:
-            problems.append(f"override {word!r}: there is no {name}")
-            return []
     last = keys[-1]
     if isinstance(node, dict):
         node[str(last)] = value
@@ -149,6 +146,7 @@ def _apply_override(tree: dict[str, Any], word: str, problems: list[str]) -> Key
 
 
 def _step_into(node: Any, key: str | int, empty: Any) -> Any:
+    """Return what a key leads to, made where a mapping lacks it; None where nothing can be."""
     if isinstance(node, dict):
         if node.get(str(key)) is None:
             node[str(key)] = empty
@@ -160,72 +158,57 @@ def _step_into(node: Any, key: str | int, empty: Any) -> Any:
 
 def _split_key(name: str) -> Keys:
     """Split `a.b[0]` or `block_weights[down_blocks.0.*]`; empty when malformed."""
-    keys: Keys = []
-    position = 0
-    while position < len(name):
-        match = _KEY_PART.match(name, position)
-        if match is None:
-            return []
-        plain, bracketed = match.groups()
-        if plain is None and bracketed.isdecimal():
-            keys.append(int(bracketed))
-        else:
-            keys.append(plain if plain is not None else bracketed)
-        position = match.end()
-        if name.startswith(".", position):
-            position += 1
-            if position == len(name):
-                return []
-    return keys
+    if not _KEY.fullmatch(name):
+        return []
+    return [
+        int(bracketed) if bracketed.isdecimal() else plain or bracketed
+        for plain, bracketed in re.findall(_KEY_PART, name)
+    ]
+
+
+def _entries(value: Any, path: str) -> Iterator[tuple[str | int, str, Any]]:
+    """Yield what a mapping or a list holds: key or index, where that is, and the value."""
+    if isinstance(value, dict):
+        yield from ((key, f"{path}.{key}", item) for key, item in value.items())
+    elif isinstance(value, list):
+        yield from ((index, f"{path}[{index}]", item) for index, item in enumerate(value))
 
 
 def _interpolation_count(value: Any) -> int:
-    if isinstance(value, dict):
-        return sum(map(_interpolation_count, value.values()))
-    if isinstance(value, list):
-        return sum(map(_interpolation_count, value))
-    return value.count("${") if isinstance(value, str) else 0
+    if isinstance(value, str):
+        return value.count("${")
+    return sum(_interpolation_count(item) for _, _, item in _entries(value, ""))
 
 
-def _text_problems(value: Any, path: str) -> Iterable[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if "${" in key:
-                yield f"{path}: keys may not hold an interpolation ({key})"
-            yield from _text_problems(item, f"{path}.{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _text_problems(item, f"{path}[{index}]")
-    elif isinstance(value, str) and "${" in _INTERPOLATION.sub("", value):
+def _text_problems(value: Any, path: str) -> Iterator[str]:
+    for key, inner, item in _entries(value, path):
+        if "${" in str(key):
+            yield f"{path}: keys may not hold an interpolation ({key})"
+        yield from _text_problems(item, inner)
+    if isinstance(value, str) and "${" in _INTERPOLATION.sub("", value):
         yield f"{path}: only plain ${{key}} may be used, not {value!r}"
     elif value == "???":
         # OmegaConf's mark of a value that is still to come; it would give the default instead.
         yield f"{path}: '???' is no value"
 
 
-def _shape_problem(annotation: Any, value: Any, path: str) -> str:
+def _shape_problems(annotation: Any, value: Any, path: str) -> Iterator[str]:
     """Say what is wrong with the nesting of a value, of which OmegaConf checks only the top."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
     wants = dict if dataclasses.is_dataclass(annotation) else origin
     if wants is dict and not isinstance(value, dict):
-        return f"{path}: must be a mapping of names to values, not {repr(value)[:60]}"
-    if wants is list and not isinstance(value, list):
-        return f"{path}: must be a list such as [a, b], not {repr(value)[:60]}"
-    if wants is None and annotation is not Any and isinstance(value, (dict, list)):
-        return f"{path}: must be a single value, not {repr(value)[:60]}"
-    if origin is list:
-        entries = [(f"{path}[{index}]", arguments[0], item) for index, item in enumerate(value)]
-    elif origin is dict:
-        entries = [(f"{path}.{key}", arguments[1], item) for key, item in value.items()]
-    else:
-        return ""
-    for inner, wanted, item in entries:
-        problem = _shape_problem(wanted, item, inner)
-        if item is None and wanted is not Any:
-            problem = f"{inner}: it has no value"
-        if problem:
-            return problem
-    return ""
+        yield f"{path}: must be a mapping of names to values, not {repr(value)[:60]}"
+    elif wants is list and not isinstance(value, list):
+        yield f"{path}: must be a list such as [a, b], not {repr(value)[:60]}"
+    elif wants is None and annotation is not Any and isinstance(value, (dict, list)):
+        yield f"{path}: must be a single value, not {repr(value)[:60]}"
+    elif origin in (dict, list):
+        wanted = typing.get_args(annotation)[-1]
+        for _, inner, item in _entries(value, path):
+            if item is None and wanted is not Any:
+                yield f"{inner}: it has no value"
+            else:
+                yield from _shape_problems(wanted, item, inner)
 
 
 def _to_recipe(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
@@ -255,11 +238,13 @@ def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]
     clean: dict[str, Any] = {}
     for key, value in tree.items():
         here: Keys = [*path, key]
+        where = _dotted(here)
         if key not in declared:
-            problems.append(f"{_dotted(here)}: unknown key{_did_you_mean(key, declared)}")
+            problems.append(f"{where}: unknown key{did_you_mean(key, declared)}")
             continue
         annotation = annotation_at(schema, [key])
-        problem = _shape_problem(annotation, value, _dotted(here)) if value is not None else ""
+        # One is enough: the next are often the same mistake again.
+        problem = "" if value is None else next(_shape_problems(annotation, value, where), "")
         if problem:
             problems.append(problem)
             continue
@@ -272,16 +257,16 @@ def _checked(tree: dict[str, Any], schema: type, path: Keys, problems: list[str]
                 _checked(entry, item, [*here, index], problems) for index, entry in enumerate(value)
             ]
         else:
-            found = list(_text_problems(value, _dotted(here)))
+            found = list(_text_problems(value, where))
             problems += found
-            if found or _is_reported(_dotted(here), problems):
+            if found or _is_reported(where, problems):
                 # OmegaConf runs resolvers as soon as it reads a value: these must not reach it.
                 continue
         try:
             OmegaConf.merge(_defaults(schema), {key: value})
             clean[key] = value
         except OmegaConfBaseException as error:
-            problems.append(f"{_dotted(here)}: {_first_line(error)}")
+            problems.append(f"{where}: {_first_line(error)}")
     return clean
 
 
@@ -301,48 +286,46 @@ def _dotted(keys: Keys) -> str:
     return text
 
 
-def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(candidates), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def _absolute_paths(recipe: Recipe, recipe_folder: Path, overridden: Sequence[Keys]) -> Recipe:
-    def folder_of(*keys: str | int) -> Path:
+    def absolute(text: str, *keys: str | int) -> str:
+        if "://" in text:
+            return text  # A URL, which the checks refuse by its name.
         by_override = any(list(keys[: len(o)]) == o for o in overridden)
-        return Path.cwd() if by_override else recipe_folder
+        # Symbolic links stay as written: a cache of links keeps its own names that way.
+        return str((Path.cwd() if by_override else recipe_folder) / expand_home(text))
 
     def model(ref: Any, *keys: str | int) -> Any:
         if ref is None:
             return None
         changes: dict[str, Any] = {}
         if ref.path is not None:
-            changes["path"] = _absolute(ref.path, folder_of(*keys, "path"))
+            changes["path"] = absolute(ref.path, *keys, "path")
         if ref.config is not None and ref.config.startswith((".", "/", "~")):
-            changes["config"] = _absolute(ref.config, folder_of(*keys, "config"))
+            changes["config"] = absolute(ref.config, *keys, "config")
         return dataclasses.replace(ref, **changes)
 
-    models = recipe.models
-    distilled = [
-        model(ref, "models", "distilled", index) for index, ref in enumerate(models.distilled)
-    ]
-    base: ModelRef | None = model(models.base, "models", "base")
-    target: ModelRef = model(models.target, "models", "target")
+    models = dataclasses.replace(
+        recipe.models,
+        target=model(recipe.models.target, "models", "target"),
+        distilled=[
+            model(ref, "models", "distilled", index)
+            for index, ref in enumerate(recipe.models.distilled)
+        ],
+        base=model(recipe.models.base, "models", "base"),
+    )
     edits = [
         dataclasses.replace(
             edit,
-            image=_absolute(edit.image, folder_of("verify", "edits", index, "image")),
+            image=absolute(edit.image, "verify", "edits", index, "image"),
             expected=[
-                _absolute(name, folder_of("verify", "edits", index, "expected", at))
+                absolute(name, "verify", "edits", index, "expected", at)
                 for at, name in enumerate(edit.expected)
             ],
         )
         for index, edit in enumerate(recipe.verify.edits)
     ]
-    return dataclasses.replace(
-        recipe,
-        models=dataclasses.replace(models, base=base, distilled=distilled, target=target),
-        verify=dataclasses.replace(recipe.verify, edits=edits),
-    )
+    verify = dataclasses.replace(recipe.verify, edits=edits)
+    return dataclasses.replace(recipe, models=models, verify=verify)
 
 
 def _order_components(recipe: Recipe) -> Recipe:
@@ -354,10 +337,3 @@ def _order_components(recipe: Recipe) -> Recipe:
     if named is None or len(set(named)) < len(named) or not set(named) <= set(known):
         return recipe
     return dataclasses.replace(recipe, components=[name for name in known if name in named])
-
-
-def _absolute(text: str, folder: Path) -> str:
-    if "://" in text:
-        return text  # A URL, which the checks refuse by its name.
-    # Symbolic links stay as written: a cache of links keeps its own names that way.
-    return str(folder / expand_home(text))

@@ -71,16 +71,13 @@ class Models:
     @property
     def by_role(self) -> dict[str, ModelRef]:
         """Return role to model; distilled ones have numbers where there are several."""
+        roles = {"target": self.target}
+        if self.base is not None:
+            roles["base"] = self.base
         several = len(self.distilled) > 1
-        base = {} if self.base is None else {"base": self.base}
-        return {
-            "target": self.target,
-            **base,
-            **{
-                f"distilled[{index}]" if several else "distilled": ref
-                for index, ref in enumerate(self.distilled)
-            },
-        }
+        for index, ref in enumerate(self.distilled):
+            roles[f"distilled[{index}]" if several else "distilled"] = ref
+        return roles
 
     def with_roles(self, refs: Mapping[str, Any]) -> Models:
         """Return models in place of these, by the same roles."""

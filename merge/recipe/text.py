@@ -8,9 +8,11 @@ error. The schema therefore steers the conversion.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -73,13 +75,12 @@ def parse_value(text: str, annotation: Any, path: str, problems: list[str]) -> A
     return _convert(node, wrapped["value"], annotation, path, problems)
 
 
-def annotation_at(schema: type, keys: list[str | int]) -> Any:
+def annotation_at(annotation: Any, keys: Sequence[str | int]) -> Any:
     """Return the declared type of a nested field; `Any` where the schema says nothing."""
-    annotation: Any = schema
     for key in keys:
         annotation = _strip_optional(annotation)
         origin = typing.get_origin(annotation)
-        if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             annotation = fields_of(annotation).get(str(key), Any)
         elif origin is list and isinstance(key, int):
             annotation = typing.get_args(annotation)[0]
@@ -90,7 +91,8 @@ def annotation_at(schema: type, keys: list[str | int]) -> Any:
     return _strip_optional(annotation)
 
 
-def fields_of(schema: Any) -> dict[str, Any]:
+@functools.cache
+def fields_of(schema: type) -> dict[str, Any]:
     """Return field name to evaluated annotation of a dataclass."""
     return typing.get_type_hints(schema)
 
@@ -151,14 +153,8 @@ def _convert(node: yaml.Node, value: Any, annotation: Any, path: str, problems: 
 def _convert_mapping(
     node: yaml.MappingNode, value: dict[Any, Any], annotation: Any, path: str, problems: list[str]
 ) -> dict[str, Any]:
-    item: Any = Any
-    declared: dict[str, Any] = {}
     if annotation == list[DistilledRef]:
         annotation = DistilledRef
-    if dataclasses.is_dataclass(annotation):
-        declared = fields_of(annotation)
-    elif typing.get_origin(annotation) is dict:
-        item = typing.get_args(annotation)[1]
     result: dict[str, Any] = {}
     if any(key.tag == _MERGE_TAG for key, _ in node.value):
         problems.append(f"{path or 'recipe'}: YAML merge keys (<<) are not supported")
@@ -170,7 +166,7 @@ def _convert_mapping(
         return result
     for key, (_, child), entry in zip(keys, node.value, value.values(), strict=True):
         child_path = f"{path}.{key}" if path else key
-        result[key] = _convert(child, entry, declared.get(key, item), child_path, problems)
+        result[key] = _convert(child, entry, annotation_at(annotation, [key]), child_path, problems)
     return result
 
 

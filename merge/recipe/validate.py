@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from merge.family.registry import mergeable_names
 from merge.methods.table import METHODS
@@ -30,6 +30,7 @@ CHANNEL_RULES = ("skip", "first", "error")
 OUT_DTYPES = ("float16", "bfloat16", "float32", "keep")
 OVERFLOW_RULES = ("error", "clamp", "keep_target")
 GUIDANCE_RULES = ("drop", "bake", "error")
+TIMESTEPS_RULE = "must fall strictly, within 999 to 0"
 
 
 def validate(recipe: Recipe) -> list[str]:
@@ -44,11 +45,15 @@ def validate(recipe: Recipe) -> list[str]:
 
 
 def _choice(field: str, value: str, allowed: Sequence[str]) -> Iterator[str]:
-    if value in allowed:
-        return
-    close = difflib.get_close_matches(value, allowed, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    yield f"{field}: {value!r} is not one of {', '.join(allowed)}{hint}"
+    if value not in allowed:
+        hint = did_you_mean(value, allowed)
+        yield f"{field}: {value!r} is not one of {', '.join(allowed)}{hint}"
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return the end of a message about an unknown word: the candidate most like it, if any."""
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _finite(field: str, value: float) -> Iterator[str]:
@@ -167,14 +172,16 @@ def _check_output(recipe: Recipe) -> Iterator[str]:
         yield "output.other_dtype: only keep is available in this version"
 
 
+def are_timesteps(timesteps: Sequence[int]) -> bool:
+    """Return True for explicit timesteps that keep `TIMESTEPS_RULE`."""
+    is_falling = all(a > b for a, b in itertools.pairwise(timesteps))
+    return bool(timesteps) and is_falling and all(0 <= step < 1000 for step in timesteps)
+
+
 def timesteps_problems(where: str, timesteps: Sequence[int] | None) -> Iterator[str]:
     """Say what is wrong with explicit timesteps, which fall from one to the next."""
-    if timesteps is not None and (
-        not timesteps
-        or any(a <= b for a, b in itertools.pairwise(timesteps))
-        or not all(0 <= t < 1000 for t in timesteps)
-    ):
-        yield f"{where}: {list(timesteps)} must fall strictly, within 999 to 0"
+    if timesteps is not None and not are_timesteps(timesteps):
+        yield f"{where}: {list(timesteps)} {TIMESTEPS_RULE}"
 
 
 def _check_verify(verify: VerifySpec) -> Iterator[str]:
