@@ -449,7 +449,8 @@ def run(version: Path, inputs: Path, work: Path) -> dict[str, Any]:
     words = [sys.executable, "-c", f"{code}; {_BOOT}", str(Path(__file__)), str(result)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(version / "cache")}
     subprocess.run(words, cwd=work, check=True, env=environment)
-    found: dict[str, Any] = json.loads(result.read_text().replace(str(version), "VERSION"))
+    text = result.read_text().replace(str(version), "VERSION").replace(str(work), "WORK")
+    found: dict[str, Any] = json.loads(text)
     return found
 
 

@@ -167,7 +167,7 @@ def fit_parts(
     notes: list[str] = []
     kept = {
         name: copies_of(read_checkpoint(paths))
-        for name in configs.components.keys() - parts.keys()
+        for name in sorted(configs.components.keys() - parts.keys())
         if (paths := [p for n, p in configs.files.items() if _is_weight(n, name)])
     }
     for name, copies in {**parts, **kept}.items():
