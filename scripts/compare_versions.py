@@ -361,6 +361,24 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         "publish",
     ):
         yield f"{name} --help", [name, "--help"]
+    for name in ("show", "env", "validate", "recipes"):
+        yield f"{name} --help", [name, "--help"]
+    pictures = "recipes/demo/pictures"
+    yield (
+        "edit many",
+        [
+            *("edit", "out/demo", "--images", pictures, "make it night", "-o", "out/many"),
+            *("--seed", "1", "--seed", "2", "--timesteps", "999,499"),
+        ],
+    )
+    yield "edit no picture", ["edit", "out/demo", "recipes/demo/edits.yaml", "make it night"]
+    yield "edit badly", ["edit", "out/demo", "--images", pictures, "x", "--timesteps", "1,2"]
+    words = ["convert", "file.safetensors", "out/average", "--config", "sd15/target"]
+    yield "no average", [*words, "--ema", "true"]
+    yield "exclude", [*words, "--exclude", "nothing.*"]
+    compared = ("--compare", "recipes/demo/target", "--compare-steps", "3", "--no-cache")
+    yield "verify compared", ["verify", "out/demo", *compared]
+    yield "verify edits", ["verify", "out/demo", "--edits", "recipes/demo/edits.yaml", "--json"]
 
 
 # ----------------------------------------------------------------------------------------- running
