@@ -28,31 +28,24 @@ _PREFIXES = (
     SDXL_TEXT_PREFIX,
     SDXL_TEXT_2_PREFIX,
 )
-_SCHEDULE = re.compile(
-    r"(?:sqrt_|log_|one_minus_|recip_|recipm1_)*(?:alphas_cumprod|betas)(?:_prev)?"
-    r"|posterior_\w+|logvar|lvlb_weights|denoiser\.(?:sigmas|log_sigmas)"
-)
 # Keys of training and of other tools, and why they are in no other layout.
-_LEFT_OUT: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"model_ema\..+"),
-        "a moving average kept for training; the plain weights are used",
+_REASONS = {
+    r"model_ema\..+": "a moving average kept for training; the plain weights are used",
+    r"(?:sqrt_|log_|one_minus_|recip_|recipm1_)*(?:alphas_cumprod|betas)(?:_prev)?"
+    r"|posterior_\w+|logvar|lvlb_weights|denoiser\.(?:sigmas|log_sigmas)": (
+        "a constant of the noise schedule, which the scheduler's config holds"
     ),
-    (_SCHEDULE, "a constant of the noise schedule, which the scheduler's config holds"),
-    (re.compile(r"(?:.+\.)?logit_scale"), "of CLIP's training; no text encoder uses it"),
-    (
-        re.compile(r"first_stage_model\.(?:loss|model_ema|discriminator)\..+"),
-        "of the VAE's training",
+    r"(?:.+\.)?logit_scale": "of CLIP's training; no text encoder uses it",
+    r"first_stage_model\.(?:loss|model_ema|discriminator)\..+": "of the VAE's training",
+    r"(?:optimizer\w*|lr_scheduler\w*|callbacks|loops)(?:\..+)?": "of training",
+    r"scale_factor": "a constant, which the VAE's config holds",
+    r"conditioner\.embedders\.1\.(?:.+\.)?(?:position_ids|attn_mask)": (
+        "a constant, which no text encoder loads"
     ),
-    (re.compile(r"(?:optimizer\w*|lr_scheduler\w*|callbacks|loops)(?:\..+)?"), "of training"),
-    (re.compile(r"scale_factor"), "a constant, which the VAE's config holds"),
-    (
-        re.compile(r"conditioner\.embedders\.1\.(?:.+\.)?(?:position_ids|attn_mask)"),
-        "a constant, which no text encoder loads",
-    ),
-    (re.compile(r"embedding_manager\..+"), "of textual inversion's training"),
-    (re.compile(r"cond_stage_model\.transformer\.vision_model\..+"), "CLIP's picture half"),
-)
+    r"embedding_manager\..+": "of textual inversion's training",
+    r"cond_stage_model\.transformer\.vision_model\..+": "CLIP's picture half",
+}
+_LEFT_OUT = [(re.compile(pattern), reason) for pattern, reason in _REASONS.items()]
 # Where 1.x has `cond_stage_model.transformer.`.
 _SD2_TEXT_PREFIX = "cond_stage_model.model."
 # Roots of a UNet outside of `model.diffusion_model.`.
