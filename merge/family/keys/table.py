@@ -29,8 +29,10 @@ class Row:
     """Keys that are alike.
 
     Attributes:
-        folder: A key in the component's own file, where `{name}` stands for what varies.
-        single: The same key in a single file, with the same parts, without the file's prefix.
+        folder: A key in the component's own file, where `{name}` stands for what varies; empty for
+            what that leaves out.
+        single: The same key in a single file, with the same parts, without the component's prefix;
+            likewise.
         form: As for `KeyPair`.
         part: As for `KeyPair`; a fused key of a single file has a row for each.
     """
@@ -46,6 +48,7 @@ class KeyTable:
     """The keys of a component; of several rows that fit a key the first one counts.
 
     Attributes:
+        prefix: What all its keys of a single file begin with.
         rows: All of them.
         what: The map's name in messages.
         component: Of a folder, in messages.
@@ -53,13 +56,14 @@ class KeyTable:
         respell: Turns accepted spellings of a folder's key into the one of the rows.
     """
 
+    prefix: str
     rows: Sequence[Row]
     what: str
     component: str
     model: str
     respell: Callable[[str], str] = str
 
-    def to_single(self, keys: Iterable[str], prefix: str) -> tuple[KeyPair, ...]:
+    def to_single(self, keys: Iterable[str]) -> tuple[KeyPair, ...]:
         """Translate all keys of a component's own file.
 
         Raises:
@@ -73,39 +77,43 @@ class KeyTable:
                 raise CheckpointError(
                     f"{key}: this key of {self.component} has no name in a single file"
                 )
-            pairs.append(KeyPair(key, prefix + _fill(row.single, parts, last), row.form, row.part))
+            if row.single:
+                name = self.prefix + _fill(row.single, parts, last)
+                pairs.append(KeyPair(key, name, row.form, row.part))
         return checked_pairs(pairs, self.what)
 
-    def to_folder(self, names: Collection[str], prefix: str) -> tuple[KeyPair, ...]:
-        """Translate the keys of a single file that have a prefix; others are passed over.
+    def to_folder(self, names: Collection[str]) -> tuple[KeyPair, ...]:
+        """Translate the component's keys of a single file; others are passed over.
 
         Raises:
             CheckpointError: a key with the prefix is in no row, or the map is not one-to-one.
         """
-        found = {name: self._single_row(name) for name in strip(names, prefix)}
+        found = {name: self._single_row(name) for name in strip(names, self.prefix)}
         last = _last_block(found.values())
         pairs = []
         for name, (first, parts) in found.items():
             if first is None:
                 raise CheckpointError(
-                    f"{prefix}{name}: this is no key of {self.model}", hint=UNKNOWN_KEY_HINT
+                    f"{self.prefix}{name}: this is no key of {self.model}", hint=UNKNOWN_KEY_HINT
                 )
             for row in self.rows:
-                if row.single == first.single:
+                if row.folder and row.single == first.single:
                     key = _fill(row.folder, parts, last)
-                    pairs.append(KeyPair(key, prefix + name, row.form, row.part))
+                    pairs.append(KeyPair(key, self.prefix + name, row.form, row.part))
         return checked_pairs(pairs, self.what)
 
-    def unknown(self, names: Collection[str], prefix: str) -> list[str]:
-        """Return the keys of a single file that have a prefix and are in no row."""
-        inner = strip(names, prefix)
-        return [prefix + name for name in inner if self._single_row(name)[0] is None]
+    def unknown(self, names: Collection[str]) -> list[str]:
+        """Return keys of a single file that have the component's prefix and are in no row."""
+        inner = strip(names, self.prefix)
+        return [self.prefix + name for name in inner if self._single_row(name)[0] is None]
 
     def _folder_row(self, key: str) -> tuple[Row | None, Mapping[str, str]]:
-        return _first((row, _pattern(row.folder).fullmatch(key)) for row in self.rows)
+        return _first((row, _pattern(row.folder).fullmatch(key)) for row in self.rows if row.folder)
 
     def _single_row(self, name: str) -> tuple[Row | None, Mapping[str, str]]:
-        return _first((row, _pattern(row.single).fullmatch(name)) for row in self.rows)
+        return _first(
+            (row, _pattern(row.single).fullmatch(name)) for row in self.rows if row.single
+        )
 
 
 def _first(

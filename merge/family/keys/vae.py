@@ -9,12 +9,9 @@ Source: `convert_ldm_vae_checkpoint` in diffusers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
 
-from merge.family.keys.pairs import POINTWISE, KeyPair
+from merge.family.keys.pairs import POINTWISE
 from merge.family.keys.table import KeyTable, Row
-
-VAE_PREFIX = "first_stage_model."
 
 _SAME = ("{half}.conv_in", "{half}.conv_out", "quant_conv", "post_quant_conv")
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -31,29 +28,6 @@ _SAMPLERS = {
 # As diffusers wrote attention before 0.17; its loader still renames it.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_KEY = re.compile(r"(.+\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
-
-
-def vae_to_single(keys: Iterable[str]) -> tuple[KeyPair, ...]:
-    """Translate all diffusers keys of a VAE; old spellings of its attention are understood.
-
-    Raises:
-        CheckpointError: a key is not one of an AutoencoderKL, or the map is not one-to-one.
-    """
-    return _TABLE.to_single(keys, VAE_PREFIX)
-
-
-def single_to_vae(names: Collection[str]) -> tuple[KeyPair, ...]:
-    """Translate the VAE's keys of a single file; other keys are passed over.
-
-    Raises:
-        CheckpointError: a key with the VAE's prefix is not one of its, or two become one.
-    """
-    return _TABLE.to_folder(names, VAE_PREFIX)
-
-
-def unknown_to_vae(names: Collection[str]) -> list[str]:
-    """Return keys with the VAE's prefix that are not one of its."""
-    return _TABLE.unknown(names, VAE_PREFIX)
 
 
 def in_new_words(key: str) -> str:
@@ -79,4 +53,4 @@ def _rows() -> list[Row]:
     return rows
 
 
-_TABLE = KeyTable(_rows(), "VAE keys", "a VAE", "a VAE", in_new_words)
+VAE_KEYS = KeyTable("first_stage_model.", _rows(), "VAE keys", "a VAE", "a VAE", in_new_words)
