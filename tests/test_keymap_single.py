@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from merge.errors import CheckpointError
 from merge.family.keys.pairs import FUSED, POINTWISE, TRANSPOSED, KeyPair, checked_pairs
 from merge.family.keys.single_file import join_single_file, split_single_file
-from merge.family.keys.text import (
-    SD15_TEXT_PREFIX,
-    SDXL_TEXT_2_PREFIX,
-    SDXL_TEXT_PREFIX,
-    clip_to_single,
-    open_clip_to_single,
-    single_to_clip,
-    single_to_open_clip,
-)
-from merge.family.keys.vae import single_to_vae, vae_to_single
+from merge.family.keys.table import KeyTable
+from merge.family.keys.text import SD15_TEXT, SDXL_TEXT, SDXL_TEXT_2
+from merge.family.keys.vae import VAE_KEYS
 from scripts.make_tiny import SD15_UNET, SDXL_UNET, TEXT, VAE
 
 # Source: vae/config.json of the published SD1.5 and SDXL models.
@@ -70,7 +63,7 @@ def test_diffusers_translates_our_vae_names_back(config: dict[str, Any]) -> None
     with torch.device("meta"):
         model = diffusers.AutoencoderKL(**config)
     state = model.state_dict()
-    pairs = vae_to_single(state)
+    pairs = VAE_KEYS.to_single(state)
     assert len(pairs) == len(state) == 248
     # A value that says which key it is of, in the shape that single files have.
     values = {}
@@ -110,7 +103,7 @@ def test_diffusers_translates_our_vae_names_back(config: dict[str, Any]) -> None
     ],
 )
 def test_names_of_vaes(key: str, name: str) -> None:
-    pairs = {pair.folder: pair.single for pair in vae_to_single(vae_keys(VAE))}
+    pairs = {pair.folder: pair.single for pair in VAE_KEYS.to_single(vae_keys(VAE))}
     assert pairs[key] == f"first_stage_model.{name}"
 
 
@@ -123,14 +116,14 @@ def test_old_names_of_attention_are_the_same_tensors() -> None:
             key = key.replace(f"attentions.0.{after}.", f"attentions.0.{before}.")
         renamed.append(key)
     assert len(set(renamed) - set(keys)) == 16
-    ours = {pair.single: pair.form for pair in vae_to_single(renamed)}
-    assert ours == {pair.single: pair.form for pair in vae_to_single(keys)}
+    ours = {pair.single: pair.form for pair in VAE_KEYS.to_single(renamed)}
+    assert ours == {pair.single: pair.form for pair in VAE_KEYS.to_single(keys)}
 
 
 def test_both_spellings_of_one_vae_key_are_an_error() -> None:
     keys = [*vae_keys(VAE), "encoder.mid_block.attentions.0.query.weight"]
     with pytest.raises(CheckpointError, match=r"^VAE keys: .*query.* both become .*attn_1\.q"):
-        vae_to_single(keys)
+        VAE_KEYS.to_single(keys)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +138,7 @@ def test_both_spellings_of_one_vae_key_are_an_error() -> None:
 )
 def test_unknown_vae_keys(key: str) -> None:
     with pytest.raises(CheckpointError, match="this key of a VAE has no name in a single file"):
-        vae_to_single([*vae_keys(VAE), key])
+        VAE_KEYS.to_single([*vae_keys(VAE), key])
 
 
 @given(blocks=st.integers(1, 4), layers=st.integers(1, 3), quant=st.booleans())
@@ -159,32 +152,32 @@ def test_vaes_of_any_depth_come_back(blocks: int, layers: int, quant: bool) -> N
         "use_post_quant_conv": quant,
     }
     keys = vae_keys(config)
-    pairs = vae_to_single(keys)
+    pairs = VAE_KEYS.to_single(keys)
     assert {pair.folder for pair in pairs} == set(keys)
-    assert set(single_to_vae([pair.single for pair in pairs])) == set(pairs)
+    assert set(VAE_KEYS.to_folder([pair.single for pair in pairs])) == set(pairs)
 
 
 # Text encoders ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", [SD15_TEXT_PREFIX, SDXL_TEXT_PREFIX])
-def test_diffusers_translates_our_clip_names_back(prefix: str) -> None:
+@pytest.mark.parametrize("table", [SD15_TEXT, SDXL_TEXT], ids=["sd15", "sdxl"])
+def test_diffusers_translates_our_clip_names_back(table: KeyTable) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
 
     keys = [*text_keys(), "text_model.embeddings.position_ids"]
-    pairs = clip_to_single(keys, prefix)
+    pairs = table.to_single(keys)
     found = convert_ldm_clip_checkpoint({pair.single: pair.folder for pair in pairs})
     assert found == {key: key for key in keys}
     assert all(pair.form == "same" for pair in pairs)
-    flat = clip_to_single([key.removeprefix("text_model.") for key in keys], prefix)
+    flat = table.to_single([key.removeprefix("text_model.") for key in keys])
     assert [pair.single for pair in flat] == [pair.single for pair in pairs]
-    assert single_to_clip([pair.single for pair in pairs], prefix) == pairs
+    assert table.to_folder([pair.single for pair in pairs]) == pairs
 
 
 def test_both_spellings_of_one_text_key_are_an_error() -> None:
     keys = [*text_keys(), "final_layer_norm.weight"]
     with pytest.raises(CheckpointError, match=r"^text encoder keys: .* both become .*final_layer"):
-        clip_to_single(keys, SD15_TEXT_PREFIX)
+        SD15_TEXT.to_single(keys)
 
 
 @given(layers=st.integers(1, 4), width=st.sampled_from([4, 8]))
@@ -197,7 +190,7 @@ def test_diffusers_splits_what_we_fuse(layers: int, width: int) -> None:
     with torch.device("meta"):
         model = transformers.CLIPTextModelWithProjection(config)
     keys = text_keys("CLIPTextModelWithProjection", **changes)
-    pairs = open_clip_to_single(keys)
+    pairs = SDXL_TEXT_2.to_single(keys)
     assert {pair.folder for pair in pairs} == set(keys)
     numbers = {key: float(number) for number, key in enumerate(keys)}
     values: dict[str, torch.Tensor] = {}
@@ -207,7 +200,7 @@ def test_diffusers_splits_what_we_fuse(layers: int, width: int) -> None:
         value = values.setdefault(pair.single, torch.zeros(shape))
         rows = slice(pair.part * width, (pair.part + 1) * width) if pair.form == FUSED else ...
         value[rows] = numbers[pair.folder]
-    found = convert_open_clip_checkpoint(model, values, prefix=SDXL_TEXT_2_PREFIX)
+    found = convert_open_clip_checkpoint(model, values, prefix=SDXL_TEXT_2.prefix)
     named = {
         key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": value
         for key, value in found.items()
@@ -216,14 +209,14 @@ def test_diffusers_splits_what_we_fuse(layers: int, width: int) -> None:
     for key, value in named.items():
         assert set(value.flatten().tolist()) == {numbers[key]}, key
     assert [pair.folder for pair in pairs if pair.form == TRANSPOSED] == ["text_projection.weight"]
-    assert set(single_to_open_clip({pair.single for pair in pairs})) == set(pairs)
+    assert set(SDXL_TEXT_2.to_folder({pair.single for pair in pairs})) == set(pairs)
 
 
 def test_a_part_without_its_siblings_cannot_be_fused() -> None:
     keys = text_keys("CLIPTextModelWithProjection")
     keys.remove("text_model.encoder.layers.1.self_attn.v_proj.bias")
     with pytest.raises(CheckpointError, match=r"resblocks\.1\.attn\.in_proj_bias needs query, key"):
-        open_clip_to_single(keys)
+        SDXL_TEXT_2.to_single(keys)
 
 
 @pytest.mark.parametrize(
@@ -235,9 +228,9 @@ def test_a_part_without_its_siblings_cannot_be_fused() -> None:
 )
 def test_unknown_text_keys(key: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        open_clip_to_single([*text_keys("CLIPTextModelWithProjection"), key])
+        SDXL_TEXT_2.to_single([*text_keys("CLIPTextModelWithProjection"), key])
     with pytest.raises(CheckpointError, match="this key of a text encoder has no name"):
-        clip_to_single([*text_keys(), key], SD15_TEXT_PREFIX)
+        SD15_TEXT.to_single([*text_keys(), key])
 
 
 def test_pairs_must_be_one_to_one() -> None:

@@ -10,28 +10,22 @@ from merge.family.model import Family, Shape, Shapes
 # Width of the text that cross-attention reads, and who reads such a text.
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 # Names of layers that no UNet has.
-_OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]"),
-        "FLUX",
-    ),
-    (re.compile(r"(?:^|[._])joint_blocks[._]"), "Stable Diffusion 3"),
-    (re.compile(r"transformer_blocks[._]\d+[._](?:img_mlp|txt_mlp|ff_context)"), "a transformer"),
-    (re.compile(r"(?:^|[._])blocks[._]\d+[._](?:self_attn|cross_attn|ffn)[._]"), "Wan"),
-)
+_OTHERS = {
+    r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]": "FLUX",
+    r"(?:^|[._])joint_blocks[._]": "Stable Diffusion 3",
+    r"transformer_blocks[._]\d+[._](?:img_mlp|txt_mlp|ff_context)": "a transformer",
+    r"(?:^|[._])blocks[._]\d+[._](?:self_attn|cross_attn|ffn)[._]": "Wan",
+}
 # Layers that one kind of UNet has and the other has not, in both layouts: SDXL has several
 # transformer blocks in a row, Stable Diffusion 1.x and 2.x have attention in the first block, and a
 # fourth one.
-_LAYERS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"transformer_blocks[._][1-9]"), "SDXL"),
-    (
-        re.compile(
-            r"down_blocks[._](?:0[._]attentions|3)[._]|up_blocks[._]3[._]"
-            r"|input_blocks[._][12][._]1[._]|output_blocks[._](?:9|10|11)[._]"
-        ),
-        "Stable Diffusion 1.x or 2.x",
+_LAYERS = {
+    r"transformer_blocks[._][1-9]": "SDXL",
+    r"down_blocks[._](?:0[._]attentions|3)[._]|up_blocks[._]3[._]"
+    r"|input_blocks[._][12][._]1[._]|output_blocks[._](?:9|10|11)[._]": (
+        "Stable Diffusion 1.x or 2.x"
     ),
-)
+}
 
 
 def foreign_lora(
@@ -45,11 +39,13 @@ def foreign_lora(
         target: The main component's keys and shapes.
         family: Its architecture.
     """
-    others = [
-        (pattern, words) for pattern, words in _OTHERS if not any(map(pattern.search, target))
-    ]
+    others = {
+        pattern: words
+        for pattern, words in _OTHERS.items()
+        if not any(re.search(pattern, key) for key in target)
+    }
     for name in names:
-        other = next((words for pattern, words in others if pattern.search(name)), "")
+        other = next((words for pattern, words in others.items() if re.search(pattern, name)), "")
         if other:
             what = f"the target is a {family.main.title}"
             return f"it is a LoRA for {other} (it has {name}), and {what}"
@@ -65,9 +61,9 @@ def foreign_lora(
 
 
 def _foreign_layers(names: Iterable[str], target: Shapes) -> str:
-    for pattern, kind in _LAYERS:
-        found = next((name for name in names if pattern.search(name)), "")
-        if found and not any(pattern.search(key) for key in target):
+    for pattern, kind in _LAYERS.items():
+        found = next((name for name in names if re.search(pattern, name)), "")
+        if found and not any(re.search(pattern, key) for key in target):
             return f"it looks like a LoRA for {kind}: the target has no layer such as {found}"
     return ""
 

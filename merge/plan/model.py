@@ -10,7 +10,7 @@ from typing import Any
 
 from merge.family.model import Family
 from merge.header import Header, element_count, encode_header
-from merge.reader.checkpoint import FileStamp
+from merge.reader.byte_reader import FileStamp
 from merge.recipe.schema import Recipe
 from merge.writer.copies.model import TensorCopy
 

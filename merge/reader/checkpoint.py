@@ -11,15 +11,13 @@ import dataclasses
 import os
 import stat
 import struct
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from merge.background.closable import Closable
 from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
 from merge.header import LENGTH_BYTES, Header, TensorSpec, parse_header, parse_length
+from merge.reader.byte_reader import ByteReader, FileStamp, Opener
 from merge.reader.pickles.archive import MAGIC, PICKLE_SUFFIXES, check_crc32, read_archive
 from merge.reader.pickles.legacy import HEAD_BYTES, describe_foreign
 from merge.reader.pickles.table import read_table
@@ -37,60 +35,6 @@ _SCALAR_FORMATS = {
     "U32": "<I",
     "U64": "<Q",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """What tells that a file is still the same: compared before and after a run.
-
-    Attributes:
-        device: Of the file system.
-        inode: On that device.
-        size_bytes: Size.
-        modified_ns: Last change of the data.
-    """
-
-    device: int
-    inode: int
-    size_bytes: int
-    modified_ns: int
-
-    @staticmethod
-    def of(status: os.stat_result) -> FileStamp:
-        """Take the stamp from a stat result."""
-        return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class ByteReader(Closable):
-    """Positioned reads of one file, wherever it is.
-
-    Attributes:
-        path: The file.
-        stamp: What it was when it was opened.
-    """
-
-    path: Path
-    stamp: FileStamp
-
-    @abstractmethod
-    def read(self, offset: int, size: int) -> bytes:
-        """Return bytes from a position."""
-
-    @abstractmethod
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer from a position."""
-
-    @abstractmethod
-    def will_need(self, offset: int, size: int) -> None:
-        """Say what is read next, so that it can be fetched meanwhile."""
-
-
-class Opener(Protocol):
-    """Opens a file by its path, and checks that it is the one that was planned."""
-
-    def __call__(self, path: Path, expected: FileStamp | None = None) -> ByteReader:
-        """Open a file for reading."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,10 +98,10 @@ def _choose_average(
         )
     is_average = ema is True or (ema == AUTO and bool(averages) and not lacking)
     kept = {name: p for name, p in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
-    left_out = {}
-    for name in tensors:
-        if name.startswith(AVERAGE_PREFIX):
-            left_out[name] = "a moving average kept for training; the plain weights are used"
+    reason = "a moving average kept for training; the plain weights are used"
+    if is_average:
+        reason = "of the moving average's training"
+    left_out = {name: reason for name in tensors if name.startswith(AVERAGE_PREFIX)}
     if is_average:
         for name, average in averages.items():
             if tensors[average][1].shape != tensors[name][1].shape:
@@ -113,9 +113,6 @@ def _choose_average(
             kept[name] = tensors[average]
             left_out[name] = "a plain weight; its moving average is used"
             left_out.pop(average)
-        for name in left_out:
-            if name.startswith(AVERAGE_PREFIX):
-                left_out[name] = "of the moving average's training"
         scales = {name: place for name, place in scales.items() if name not in averages}
     if ema != AUTO or not averages:
         return kept, scales, left_out, ()

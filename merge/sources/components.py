@@ -40,27 +40,44 @@ class Scope:
     allow_pickle: bool
 
 
-def select(
-    store: Store, names: Collection[str], variant: str | None, where: str, scope: Scope
-) -> Weights:
-    """Choose the weights of one folder."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model whose files are listed.
+
+    Attributes:
+        ref: What the recipe says of it.
+        store: Its files.
+        label: Its name in messages.
+        scope: Which files are used.
+    """
+
+    ref: ModelRef
+    store: Store
+    label: str
+    scope: Scope
+
+    @property
+    def prefix(self) -> str:
+        """Return the folder of the repository that the model is, with `/`; mostly empty."""
+        return f"{self.ref.subfolder.strip('/')}/" if self.ref.subfolder else ""
+
+
+def select(model: Opened, folder: str) -> Weights:
+    """Choose the weights of one folder of a model."""
     return select_weights(
-        names, variant, where, is_partial=store.is_partial, allow_pickle=scope.allow_pickle
+        direct_files(model.store.names, folder),
+        model.ref.variant,
+        where_of(model.label, folder),
+        is_partial=model.store.is_partial,
+        allow_pickle=model.scope.allow_pickle,
     )
 
 
 def select_components(
-    index: Mapping[str, Any],
-    store: Store,
-    prefix: str,
-    variant: str | None,
-    label: str,
-    scope: Scope | None,
+    model: Opened, index: Mapping[str, Any], *, with_weights: bool
 ) -> dict[str, tuple[Weights | None, list[str]]]:
-    """Choose the files of every component but the main one and the scheduler.
-
-    Without a scope, no weights.
-    """
+    """Choose the files of every component but the main one and the scheduler."""
+    label, store = model.label, model.store
     selected: dict[str, tuple[Weights | None, list[str]]] = {}
     for name, entry in sorted(index.items()):
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
@@ -70,17 +87,16 @@ def select_components(
             continue
         if "/" in name or name.startswith("."):
             raise SourceError(f"component {name!r} of {label} is no folder name")
-        names = below(store.names, f"{prefix}{name}/")
+        folder = f"{model.prefix}{name}/"
+        names, direct = below(store.names, folder), direct_files(store.names, folder)
         if not names:
             raise SourceNotFoundError(f"{label} lacks the folder of its component {name}")
-        where = where_of(label, f"{prefix}{name}/")
-        direct = {other for other in names if "/" not in other}
         is_model = has_weights(direct) or (
             "config.json" in direct and not str(entry[1]).endswith(_WEIGHTLESS)
         )
-        weights = select(store, direct, variant, where, scope) if is_model and scope else None
+        weights = select(model, folder) if is_model and with_weights else None
         if weights and weights.is_sharded and not weights.is_pickle:
-            _check_copied_shards(weights, where)
+            _check_copied_shards(weights, where_of(label, folder))
         selected[name] = (weights, companion_files(names))
     return selected
 
@@ -116,9 +132,7 @@ def _check_copied_shards(weights: Weights, where: str) -> None:
 
 
 def component_files(
-    ref: ModelRef,
-    store: Store,
-    prefix: str,
+    model: Opened,
     selected: Mapping[str, tuple[Weights | None, list[str]]],
     index: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
@@ -126,49 +140,43 @@ def component_files(
     """Return the files of the chosen components, with their names in an export.
 
     Args:
-        ref: The model.
-        store: Its files.
-        prefix: Of its folder.
+        model: What they are of.
         selected: Component to its weights and the files beside them.
         index: The pipeline's model_index.json.
         configs: File name to what it holds, with the components' own configs.
     """
     components = []
     for name, (weights, companions) in selected.items():
-        names = list(companions)
-        exports = [f"{name}/{companion}" for companion in companions]
+        folder = f"{model.prefix}{name}/"
+        exports = {companion: f"{name}/{companion}" for companion in companions}
         converted = index_name = ""
         if weights and weights.is_pickle:
             converted = f"{name}/{converted_name(weights.names[0], weights.variant)}"
-            names += weights.names
-            exports += [converted] * len(weights.names)
+            exports |= dict.fromkeys(weights.names, converted)
         elif weights:
             index_name = weights.index or ""
             chosen = [*weights.names, *([index_name] if index_name else [])]
-            names += chosen
-            exports += [f"{name}/{plain_name(file, weights.variant)}" for file in chosen]
-        files = source_files(ref, store, f"{prefix}{name}/", tuple(names))
-        by_name = {file.name.removeprefix(f"{prefix}{name}/"): file for file in files}
+            exports |= {file: f"{name}/{plain_name(file, weights.variant)}" for file in chosen}
+        files = source_files(model, folder, exports)
+        by_name = dict(zip(exports, files, strict=True))
         holding = tuple(by_name[file] for file in (weights.names if weights else ()))
         components.append(
             ComponentFiles(
                 name,
                 files,
-                tuple(exports),
+                tuple(exports.values()),
                 holding,
                 by_name[index_name] if index_name else None,
                 converted,
                 str(index[name][1]),
-                configs.get(f"{prefix}{name}/config.json"),
+                configs.get(f"{folder}config.json"),
             )
         )
     return tuple(components)
 
 
-def source_files(
-    ref: ModelRef, store: Store, prefix: str, names: Iterable[str]
-) -> tuple[SourceFile, ...]:
-    """Return files with their sizes and what their digests should be.
+def source_files(model: Opened, folder: str, names: Iterable[str]) -> tuple[SourceFile, ...]:
+    """Return files of a folder with their sizes and what their digests should be.
 
     Raises:
         SourceNotFoundError: a file cannot be read.
@@ -176,8 +184,8 @@ def source_files(
     """
     files = []
     for name in names:
-        file = store.file(f"{prefix}{name}")
-        wanted = ref.sha256.get(file.name)
+        file = model.store.file(f"{folder}{name}")
+        wanted = model.ref.sha256.get(file.name)
         if wanted and file.hub is not None and file.hub.sha256 not in ("", wanted):
             raise IntegrityError(
                 f"{file.name} has SHA-256 {file.hub.sha256} on the Hub, and {wanted} is expected",
@@ -187,9 +195,9 @@ def source_files(
     return tuple(files)
 
 
-def component_configs(prefix: str, selected: Mapping[str, Any], names: frozenset[str]) -> set[str]:
+def component_configs(model: Opened, selected: Iterable[str]) -> set[str]:
     """Return the config files of the chosen components, where they are."""
-    return {f"{prefix}{name}/config.json" for name in selected} & names
+    return {f"{model.prefix}{name}/config.json" for name in selected} & model.store.names
 
 
 def below(names: frozenset[str], prefix: str) -> frozenset[str]:

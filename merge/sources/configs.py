@@ -9,11 +9,9 @@ from typing import Any
 
 from merge.errors import SourceError, SourceNotFoundError
 from merge.json_files import read_json
-from merge.recipe.schema import ModelRef
-from merge.sources.components import source_files
+from merge.sources.components import Opened, source_files
 from merge.sources.model import SourceFile
 from merge.sources.select import Weights
-from merge.sources.store import Store
 
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 
@@ -31,14 +29,14 @@ class ConfigFiles:
     files: tuple[SourceFile, ...]
 
 
-def read_configs(ref: ModelRef, store: Store, names: Collection[str]) -> ConfigFiles:
+def read_configs(model: Opened, names: Collection[str]) -> ConfigFiles:
     """Fetch and parse JSON files of a model.
 
     Raises:
         SourceError: a file is no JSON object, or cannot be had.
     """
-    store.fetch(names)
-    files = source_files(ref, store, "", sorted(names))
+    model.store.fetch(names)
+    files = source_files(model, "", sorted(names))
     return ConfigFiles({file.name: _read_json(file.path) for file in files}, files)
 
 

@@ -44,31 +44,32 @@ def fetch_sources(sources: Sources, on_bytes: OnBytes | None = None) -> None:
         IntegrityError: what came is not what the Hub states; it is taken out of the cache again.
         NoSpaceError: the cache's disk is too small.
     """
-    base = (sources.base,) if sources.base is not None else ()
-    models = (*base, *sources.distilled, sources.target)
+    # The target last, as it is resolved.
+    models = (*sources.models[1:], sources.target)
     absent = _absent(file for model in models for file in model.files)
     _check_space(absent)
-    progress = _Progress(sum(file.size_bytes for file in absent), on_bytes)
+    bar = _bar_class(sum(file.size_bytes for file in absent), on_bytes) if absent else None
     for model in models:
         with naming(model.role):
-            _fetch(model.files, progress)
+            _fetch(model.files, bar)
 
 
 def fetch_files(files: Sequence[SourceFile]) -> None:
     """Download those of a model's files that are not in the cache yet."""
-    _check_space(_absent(files))
-    _fetch(files, _Progress(0, None))
+    absent = _absent(files)
+    _check_space(absent)
+    _fetch(files, _bar_class(0, None) if absent else None)
 
 
-def _fetch(files: Sequence[SourceFile], progress: _Progress) -> None:
+def _fetch(files: Sequence[SourceFile], bar: Any) -> None:
     absent = _absent(files)
     small = [file for file in absent if not _is_large(file)]
     if small:
         with ThreadPoolExecutor(_WORKERS) as pool:
-            list(pool.map(lambda file: _download(file, progress), small))
+            list(pool.map(lambda file: _download(file, bar), small))
     # Weights last: a snapshot that has them has everything that goes with them.
     for file in sorted(filter(_is_large, absent), key=lambda file: file.name.endswith(_WEIGHTS)):
-        _download(file, progress)
+        _download(file, bar)
     _write_references(file.hub for file in files if file.hub is not None)
 
 
@@ -87,13 +88,12 @@ def _is_large(file: SourceFile) -> bool:
     return file.size_bytes > _SMALL_BYTES or file.name.endswith(_WEIGHTS)
 
 
-def _download(file: SourceFile, progress: _Progress) -> None:
+def _download(file: SourceFile, bar: Any) -> None:
     from huggingface_hub import hf_hub_download
 
     hub = file.hub
     assert hub is not None
     with hub_errors(hub.repo, hub.commit):
-        bar = progress.bar_class()
         path = Path(
             retried(
                 lambda: hf_hub_download(hub.repo, hub.name, revision=hub.commit, tqdm_class=bar)
@@ -110,6 +110,8 @@ def _check(file: SourceFile) -> None:
     The client names what it stores after the ETag, whatever that says: the SHA-256 of a large file,
     and Git's id of a small one.
     """
+    from huggingface_hub.utils.sha import git_hash
+
     assert file.hub is not None
     etag = file.path.resolve().name if file.path.is_symlink() else ""
     sha256 = {file.hub.sha256, etag if _SHA256.fullmatch(etag) else ""} - {""}
@@ -120,7 +122,7 @@ def _check(file: SourceFile) -> None:
         what = f"{size:,} bytes, and {file.size_bytes:,} are expected"
     elif sha256 and {actual := _sha256(file.path)} != sha256:
         what = f"SHA-256 {actual}, and {(sha256 - {actual}).pop()} is expected"
-    elif blob_id and {actual := _git_blob_id(file.path)} != blob_id:
+    elif blob_id and {actual := git_hash(file.path.read_bytes())} != blob_id:
         what = f"Git id {actual}, and {(blob_id - {actual}).pop()} is expected"
     if what:
         discard(file)
@@ -130,11 +132,6 @@ def _check(file: SourceFile) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _git_blob_id(path: Path) -> str:
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _check_space(files: Sequence[SourceFile]) -> None:
@@ -169,43 +166,36 @@ def _write_references(files: Iterable[HubFile]) -> None:
             path.write_text(commit, encoding="utf-8")
 
 
-class _Progress:
-    """Adds up the bytes of downloads that the client reports to its bars."""
+def _bar_class(total: int, on_bytes: OnBytes | None) -> Any:
+    """Return a stand-in for tqdm that adds up what the client reports, and prints nothing."""
+    from tqdm import tqdm
 
-    def __init__(self, total: int, on_bytes: OnBytes | None) -> None:
-        self.done = 0
-        self._total = total
-        self._on_bytes = on_bytes
+    done = 0
 
-    def add(self, count: int) -> None:
-        """Count bytes, which a retry may take back."""
-        self.done += count
-        if self._on_bytes is not None:
-            self._on_bytes(min(self.done, self._total), self._total)
+    def report(count: int) -> None:
+        # A retry may take bytes back.
+        nonlocal done
+        done += count
+        if on_bytes is not None:
+            on_bytes(min(done, total), total)
 
-    def bar_class(self) -> Any:
-        """Return a stand-in for tqdm that reports to this object and prints nothing."""
-        from tqdm import tqdm
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """What the client takes for a bar."""
 
-        report = self.add
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["disable"] = True
+            # Every class of bars gets this argument from the client.
+            kwargs.pop("name", None)
+            super().__init__(*args, **kwargs)
+            if initial := kwargs.get("initial"):
+                report(int(initial))
 
-        class Bar(tqdm):  # type: ignore[type-arg]
-            """What the client takes for a bar."""
+        def update(self, n: float | None = 1) -> bool | None:
+            report(int(n or 0))
+            return None
 
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                kwargs["disable"] = True
-                # Every class of bars gets this argument from the client.
-                kwargs.pop("name", None)
-                super().__init__(*args, **kwargs)
-                if initial := kwargs.get("initial"):
-                    report(int(initial))
+        def update_transfer(self, n: float | None = 1) -> None:
+            # Xet reports what came and what was written; the latter is enough.
+            pass
 
-            def update(self, n: float | None = 1) -> bool | None:
-                report(int(n or 0))
-                return None
-
-            def update_transfer(self, n: float | None = 1) -> None:
-                # Xet reports what came and what was written; the latter is enough.
-                pass
-
-        return Bar
+    return Bar

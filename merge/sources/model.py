@@ -19,6 +19,7 @@ class HubFile:
         name: Path inside the repository.
         sha256: Of a large file; empty for small ones, and offline.
         blob_id: Git's SHA-1 of a small file; empty for large ones, and offline.
+        size_bytes: None offline, and where a mirror does not say.
     """
 
     repo: str
@@ -27,6 +28,7 @@ class HubFile:
     name: str
     sha256: str = ""
     blob_id: str = ""
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +140,10 @@ class ResolvedModel:
     root: Path
     is_folder: bool
     weights: Mapping[str, tuple[SourceFile, ...]]
-    variant: str
-    config: Mapping[str, Any] | None
-    scheduler: Mapping[str, Any] | None
-    pipeline: Pipeline | None
+    variant: str = ""
+    config: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] | None = None
+    pipeline: Pipeline | None = None
     config_label: str = ""
     config_files: tuple[SourceFile, ...] = ()
     allow_pickle: bool = False

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from merge.errors import IntegrityError, NoRangesError
-from merge.reader.checkpoint import ByteReader, FileReader, FileStamp, Opener
+from merge.reader.byte_reader import ByteReader, FileStamp, Opener
+from merge.reader.checkpoint import FileReader
 from merge.sources.hub_errors import hub_errors, naming
 from merge.sources.model import HubFile, SourceFile
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from merge.reader.pickles.archive import PICKLE_SUFFIXES
 from merge.recipe.bundled import bundled_folder
 from merge.recipe.schema import ModelRef, Recipe
 from merge.sources.components import (
+    Opened,
     Scope,
     below,
     component_configs,
@@ -22,18 +23,19 @@ from merge.sources.components import (
     select,
     select_components,
     source_files,
-    where_of,
 )
 from merge.sources.configs import check_index, read_configs
 from merge.sources.fetch import fetch_sources
 from merge.sources.hub_errors import naming
 from merge.sources.model import Pipeline, ResolvedModel, SourceFile, Sources
-from merge.sources.select import PICKLE_HINT, Weights, has_weights
+from merge.sources.select import PICKLE_HINT, has_weights
 from merge.sources.store import HubStore, LocalStore, Store
 
 _IN_NO_SINGLE_FILE = ("safety_checker", "feature_extractor", "image_encoder")
 # As peft names the weights of an adapter.
 _PEFT_STEM = "adapter_model"
+# Of a model that only gives its configs.
+_NO_WEIGHTS = Scope((), allow_pickle=False)
 
 
 def resolve_sources(recipe: Recipe, *, download: bool = True) -> Sources:
@@ -75,8 +77,7 @@ class _Resolver:
             if ref.repo is not None:
                 self._open(ref.repo, ref.revision)
             if ref.config is not None and not _is_local(ref.config):
-                repo, _, revision = ref.config.partition("@")
-                self._open(repo, revision or None)
+                self._config_store(ref.config)
 
     def resolve(self, ref: ModelRef, role: str) -> ResolvedModel:
         """Find the files of a model."""
@@ -98,23 +99,26 @@ class _Resolver:
             if path.is_file():
                 beside = {CONFIG_NAME} if (path.parent / CONFIG_NAME).is_file() else set()
                 store = LocalStore(path.parent, frozenset({path.name, *beside}))
-                return self._resolve_file(ref, role, store, path.name, path.name)
+                return self._resolve_file(
+                    Opened(ref, store, path.name, self._scope), role, path.name
+                )
             if not path.is_dir():
                 hint = "paths are relative to the recipe file, those of overrides to this folder"
                 if path.is_relative_to(bundled_folder()):
                     hint = "the demo's models are made by `make demo` in a clone of the repository"
                 raise SourceNotFoundError(f"there is no file or folder {path}", hint=hint)
             store = LocalStore.open(path)
-            return _resolve_folder(ref, role, store, path.name or str(path), self._scope)
+            return _resolve_folder(Opened(ref, store, path.name or str(path), self._scope), role)
         assert ref.repo is not None
         hub = self._open(ref.repo, ref.revision)
+        opened = Opened(ref, hub, ref.repo, self._scope)
         try:
             if ref.file is None:
-                return _resolve_folder(ref, role, hub, ref.repo, self._scope)
-            name = f"{_prefix_of(ref)}{ref.file}"
+                return _resolve_folder(opened, role)
+            name = f"{opened.prefix}{ref.file}"
             if name not in hub.names:
                 raise SourceNotFoundError(f"{ref.repo} has no file {name}")
-            return self._resolve_file(ref, role, hub, name, ref.repo)
+            return self._resolve_file(opened, role, name)
         except SourceNotFoundError as error:
             if hub.is_partial:
                 # The cache holds only what was downloaded before: a gap says nothing of the repo.
@@ -125,32 +129,19 @@ class _Resolver:
                 ) from error
             raise
 
-    def _resolve_file(
-        self, ref: ModelRef, role: str, store: Store, name: str, label: str
-    ) -> ResolvedModel:
+    def _resolve_file(self, opened: Opened, role: str, name: str) -> ResolvedModel:
         _check_suffix(name, self._scope)
-        weights = source_files(ref, store, "", (name,))
-        configs = _NO_CONFIGS
-        if ref.config is not None:
-            configs = _open_configs(self._config_store(ref.config), ref.config, role)
-        adapter = read_configs(ref, store, _adapter_config(name, store))
-        return ResolvedModel(
-            role=role,
-            label=label,
-            repo=ref.repo,
-            commit=store.commit,
-            root=store.root,
-            is_folder=False,
+        weights = source_files(opened, "", (name,))
+        model = _begun(opened, role, is_folder=False)
+        if opened.ref.config is not None:
+            store = self._config_store(opened.ref.config)
+            model = _with_configs(model, store, opened.ref.config)
+        adapter = read_configs(opened, _adapter_config(name, opened.store))
+        return replace(
+            model,
             weights={"": weights},
-            variant="",
-            config=configs.main,
-            scheduler=configs.scheduler,
-            pipeline=configs.pipeline,
-            config_label=configs.label,
-            config_files=(*configs.files, *adapter.files),
-            allow_pickle=self._scope.allow_pickle,
+            config_files=(*model.config_files, *adapter.files),
             adapter_config=next(iter(adapter.trees.values()), None),
-            ema=ref.ema,
         )
 
     def _config_store(self, text: str) -> Store:
@@ -164,8 +155,19 @@ def _is_local(config: str) -> bool:
     return config.startswith((".", "/", "~"))
 
 
-def _prefix_of(ref: ModelRef) -> str:
-    return f"{ref.subfolder.strip('/')}/" if ref.subfolder else ""
+def _begun(opened: Opened, role: str, *, is_folder: bool) -> ResolvedModel:
+    """Return what is known of a model before any of its files is looked at."""
+    return ResolvedModel(
+        role=role,
+        label=opened.label,
+        repo=opened.ref.repo,
+        commit=opened.store.commit,
+        root=opened.store.root,
+        is_folder=is_folder,
+        weights={},
+        allow_pickle=opened.scope.allow_pickle,
+        ema=opened.ref.ema,
+    )
 
 
 def _adapter_config(weights: str, store: Store) -> set[str]:
@@ -183,22 +185,8 @@ def _check_suffix(name: str, scope: Scope) -> None:
         raise SourceError(f"{name} is no .safetensors file")
 
 
-@dataclass(frozen=True, slots=True)
-class _Configs:
-    """What a single file lacks: configs, tokenizers, and the names of the components."""
-
-    main: Mapping[str, Any] | None = None
-    scheduler: Mapping[str, Any] | None = None
-    pipeline: Pipeline | None = None
-    label: str = ""
-    files: tuple[SourceFile, ...] = ()
-
-
-_NO_CONFIGS = _Configs()
-
-
-def _open_configs(store: Store, text: str, role: str) -> _Configs:
-    """Read the folder or repository that a single file takes its configs from; no weights."""
+def _with_configs(model: ResolvedModel, store: Store, text: str) -> ResolvedModel:
+    """Give a single file what it lacks, from a folder or repository: configs and tokenizers."""
     label = Path(text).name if store.commit is None else f"{text.partition('@')[0]}@{store.commit}"
     places = [*(f"{name}/config.json" for name in main_names()), "config.json"]
     candidates = [name for name in places if name in store.names]
@@ -206,20 +194,22 @@ def _open_configs(store: Store, text: str, role: str) -> _Configs:
         raise SourceNotFoundError(f"config: there is no config.json of a UNet in {text}")
     scheduler_name = "scheduler/scheduler_config.json"
     needed = {candidates[0], *({scheduler_name, "model_index.json"} & store.names)}
-    configs = read_configs(ModelRef(), store, needed)
+    opened = Opened(ModelRef(), store, label, _NO_WEIGHTS)
+    configs = read_configs(opened, needed)
     pipeline = None
-    if role == "target" and "model_index.json" in configs.trees:
-        pipeline = _pipeline_without_weights(store, configs.trees["model_index.json"], label)
-    return _Configs(
-        configs.trees[candidates[0]],
-        configs.trees.get(scheduler_name),
-        pipeline,
-        label,
-        configs.files,
+    if model.role == "target" and "model_index.json" in configs.trees:
+        pipeline = _pipeline_without_weights(opened, configs.trees["model_index.json"])
+    return replace(
+        model,
+        config=configs.trees[candidates[0]],
+        scheduler=configs.trees.get(scheduler_name),
+        pipeline=pipeline,
+        config_label=label,
+        config_files=configs.files,
     )
 
 
-def _pipeline_without_weights(store: Store, found: Mapping[str, Any], label: str) -> Pipeline:
+def _pipeline_without_weights(opened: Opened, found: Mapping[str, Any]) -> Pipeline:
     """Take a pipeline's configs; its weights come from the single file."""
     index = dict(found)
     for name, entry in list(index.items()):
@@ -227,16 +217,14 @@ def _pipeline_without_weights(store: Store, found: Mapping[str, Any], label: str
         if name in _IN_NO_SINGLE_FILE and isinstance(entry, list):
             index[name] = [None, None]
             index["requires_safety_checker"] = False
-    selected = select_components(index, store, "", None, label, None)
-    configs = read_configs(ModelRef(), store, component_configs("", selected, store.names))
-    files = component_files(ModelRef(), store, "", selected, index, configs.trees)
-    return Pipeline(index, files)
+    selected = select_components(opened, index, with_weights=False)
+    configs = read_configs(opened, component_configs(opened, selected))
+    return Pipeline(index, component_files(opened, selected, index, configs.trees))
 
 
-def _resolve_folder(
-    ref: ModelRef, role: str, store: Store, label: str, scope: Scope
-) -> ResolvedModel:
-    prefix = _prefix_of(ref)
+def _resolve_folder(opened: Opened, role: str) -> ResolvedModel:
+    """Find the files of a folder, which is a pipeline or a network alone."""
+    ref, store, prefix = opened.ref, opened.store, opened.prefix
     inside = below(store.names, prefix)
     if ref.subfolder and not inside:
         raise SourceNotFoundError(f"it has no folder {ref.subfolder}")
@@ -244,9 +232,7 @@ def _resolve_folder(
     is_target = is_pipeline and role == "target"
     main = _main_component(inside, is_pipeline)
     folder = f"{prefix}{main}/" if main else prefix
-    weights = select(
-        store, direct_files(store.names, folder), ref.variant, where_of(label, folder), scope
-    )
+    weights = select(opened, folder)
     config_name = f"{folder}config.json"
     scheduler_name = f"{prefix}scheduler/scheduler_config.json"
     index_name = f"{prefix}model_index.json"
@@ -257,43 +243,32 @@ def _resolve_folder(
         needed.add(f"{folder}{weights.index}")
     if is_target:
         needed.add(index_name)
-    configs = read_configs(ref, store, needed)
+    configs = read_configs(opened, needed)
     if weights.index:
         name = f"{folder}{weights.index}"
         check_index(name, configs.trees[name], weights)
     pipeline = None
-    others = {
-        name: source_files(ref, store, f"{prefix}{name}/", chosen.names)
-        for name, chosen in _select_others(ref, role, store, prefix, label, scope).items()
-    }
+    others = {} if role == "target" else _other_weights(opened)
     if is_target:
         index = configs.trees[index_name]
-        selected = select_components(index, store, prefix, ref.variant, label, scope)
+        selected = select_components(opened, index, with_weights=True)
         for component, (chosen, _) in selected.items():
             if chosen and chosen.index:
                 name = f"{prefix}{component}/{chosen.index}"
-                check_index(name, read_configs(ref, store, [name]).trees[name], chosen)
-        parts = read_configs(ref, store, component_configs(prefix, selected, store.names))
-        files = component_files(ref, store, prefix, selected, index, parts.trees)
-        pipeline = Pipeline(index, files)
+                check_index(name, read_configs(opened, [name]).trees[name], chosen)
+        parts = read_configs(opened, component_configs(opened, selected))
+        pipeline = Pipeline(index, component_files(opened, selected, index, parts.trees))
         merged = _other_mergeable()
         others = {part.name: part.weights for part in pipeline.components if part.name in merged}
-    return ResolvedModel(
-        role=role,
-        label=label,
-        repo=ref.repo,
-        commit=store.commit,
-        root=store.root,
-        is_folder=True,
-        weights={main: source_files(ref, store, folder, weights.names), **others},
+    return replace(
+        _begun(opened, role, is_folder=True),
+        weights={main: source_files(opened, folder, weights.names), **others},
         variant=weights.variant,
         config=configs.trees.get(config_name),
         scheduler=configs.trees.get(scheduler_name),
         pipeline=pipeline,
         config_files=configs.files,
-        allow_pickle=scope.allow_pickle,
         adapter_config=next((configs.trees[name] for name in adapter), None),
-        ema=ref.ema,
     )
 
 
@@ -309,19 +284,12 @@ def _other_mergeable() -> list[str]:
     return [name for name in mergeable_names() if name not in main_names()]
 
 
-def _select_others(
-    ref: ModelRef, role: str, store: Store, prefix: str, label: str, scope: Scope
-) -> dict[str, Weights]:
-    """Choose the other components of base and distilled that the recipe merges.
-
-    A target has all of its own.
-    """
-    if role == "target":
-        return {}
-    chosen = {}
+def _other_weights(opened: Opened) -> dict[str, tuple[SourceFile, ...]]:
+    """Return the files of the other components that the recipe merges, where they are."""
+    found = {}
     for name in _other_mergeable():
-        names = direct_files(store.names, f"{prefix}{name}/")
-        if name in scope.components and has_weights(names):
-            where = where_of(label, f"{prefix}{name}/")
-            chosen[name] = select(store, names, ref.variant, where, scope)
-    return chosen
+        folder = f"{opened.prefix}{name}/"
+        names = direct_files(opened.store.names, folder)
+        if name in opened.scope.components and has_weights(names):
+            found[name] = source_files(opened, folder, select(opened, folder).names)
+    return found

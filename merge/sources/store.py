@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from merge.errors import IntegrityError, SourceError, SourceNotFoundError
 from merge.sources.fetch import fetch_files
@@ -17,38 +16,6 @@ from merge.sources.retries import retried
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class Store(Protocol):
-    """Files of one model by name."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all files, with `/`, relative to the model."""
-        ...
-
-    @property
-    def commit(self) -> str | None:
-        """The commit of a repository; None for a folder."""
-        ...
-
-    @property
-    def is_partial(self) -> bool:
-        """Return True when the names are only those that a cache happens to hold."""
-        ...
-
-    @property
-    def root(self) -> Path:
-        """The folder that names are relative to."""
-        ...
-
-    def file(self, name: str) -> SourceFile:
-        """Return a file with its size and what is known of its content."""
-        ...
-
-    def fetch(self, names: Collection[str]) -> None:
-        """Make files present on this disk."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +80,6 @@ class HubStore:
         commit: 40 hexadecimal digits.
         names: Files at that commit; offline, those in the cache.
         stated: What the Hub says of each; empty offline.
-        sizes: Bytes of each, as the Hub says; empty offline.
         root: The cache's snapshot folder.
     """
 
@@ -122,7 +88,6 @@ class HubStore:
     commit: str
     names: frozenset[str]
     stated: Mapping[str, HubFile]
-    sizes: Mapping[str, int]
     root: Path
 
     @property
@@ -151,24 +116,22 @@ class HubStore:
                     )
                 )
                 names = LocalStore.open(root).names
-                return HubStore(repo, name, root.name, names, {}, {}, root)
+                return HubStore(repo, name, root.name, names, {}, root)
             info = retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
             commit = str(info.sha)
             if not _COMMIT.fullmatch(commit):
                 raise SourceError(f"{repo} names no commit for {name}: {commit!r}")
             folder = f"models--{repo.replace('/', '--')}"
             root = Path(constants.HF_HUB_CACHE) / folder / "snapshots" / commit
-            stated, sizes = {}, {}
+            stated = {}
             for sibling in info.siblings or []:
                 path = sibling.rfilename
                 if not is_inside(path):
                     raise SourceError(f"{repo} lists a file outside of itself: {path!r}")
                 sha256 = sibling.lfs.sha256 if sibling.lfs is not None else ""
                 blob_id = (sibling.blob_id or "") if sibling.lfs is None else ""
-                stated[path] = HubFile(repo, name, commit, path, sha256, blob_id)
-                if sibling.size is not None:
-                    sizes[path] = sibling.size
-            return HubStore(repo, name, commit, frozenset(stated), stated, sizes, root)
+                stated[path] = HubFile(repo, name, commit, path, sha256, blob_id, sibling.size)
+            return HubStore(repo, name, commit, frozenset(stated), stated, root)
 
     def file(self, name: str) -> SourceFile:
         """Return a file, which need not be in the cache yet.
@@ -181,13 +144,13 @@ class HubStore:
         plain = HubFile(self.repo, self.revision, self.commit, name)
         hub = self.stated.get(name, plain)
         if not path.exists() and not self.is_partial:
-            size = self.sizes[name] if name in self.sizes else self._ask_size(name)
+            size = self._ask_size(name) if hub.size_bytes is None else hub.size_bytes
             return SourceFile(name, path, size, hub.sha256, hub)
         size = _size_bytes(path)
-        if name in self.sizes and size != self.sizes[name]:
+        if hub.size_bytes not in (None, size):
             raise IntegrityError(
                 f"the cache has {name} of {self.repo} with {size:,} bytes, and the Hub states "
-                f"{self.sizes[name]:,}",
+                f"{hub.size_bytes:,}",
                 hint=f"remove {path} and run again",
             )
         return SourceFile(name, path, size, hub.sha256 or _blob_sha256(path), hub)
@@ -211,6 +174,11 @@ class HubStore:
             IntegrityError: what came is not what the Hub states.
         """
         fetch_files([self.file(name) for name in sorted(names)])
+
+
+# The files of one model by name, with `/` and relative to the model. Where it `is_partial`, the
+# names are only those that a cache happens to hold.
+Store = LocalStore | HubStore
 
 
 def is_inside(name: str) -> bool:

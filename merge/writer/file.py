@@ -8,7 +8,7 @@ from pathlib import Path
 from merge.errors import OutputExistsError
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.renames import rename_to_new
-from merge.writer.tensors import write_error
+from merge.writer.tensors import write_error, write_errors, write_new
 
 
 class OutputFile(PartialOutput):
@@ -22,11 +22,7 @@ class OutputFile(PartialOutput):
         """
         if not os.path.lexists(self.final):
             return
-        if not self.overwrite:
-            raise OutputExistsError(
-                f"the output file {self.final} exists already",
-                hint="add --overwrite to replace it, or choose another name",
-            )
+        self._require_overwrite("file")
         if self.final.is_symlink() or not self.final.is_file():
             raise OutputExistsError(
                 f"{self.final} is no regular file, so it is not overwritten",
@@ -70,11 +66,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with OutputFile(path, overwrite=True) as output:
         output.check()
-        try:
-            with output.partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(path, error) from error
+        with write_errors(path):
+            write_new(output.partial, data)
         output.publish()

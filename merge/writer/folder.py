@@ -18,7 +18,7 @@ from merge.writer.journal import JOURNAL_NAME, overtaken
 from merge.writer.overlap import identity
 from merge.writer.partial import PartialOutput, sync_folder
 from merge.writer.renames import swap_names
-from merge.writer.tensors import write_all, write_error
+from merge.writer.tensors import write_all, write_error, write_errors, write_new
 
 # What tells a folder of ours from one that must not be replaced.
 MARKER = "merge_manifest.json"
@@ -54,11 +54,7 @@ class OutputFolder(PartialOutput):
             raise OutputError(f"{self.final} cannot be an output folder")
         if not os.path.lexists(self.final) or _is_empty_folder(self.final):
             return
-        if not self.overwrite:
-            raise OutputExistsError(
-                f"the output folder {self.final} exists already",
-                hint="add --overwrite to replace it, or choose another name",
-            )
+        self._require_overwrite("folder")
         if self.final.is_symlink() or not (self.final / self.marker).is_file():
             raise OutputExistsError(
                 f"{self.final} is not an output of this tool (it has no {self.marker}), "
@@ -114,12 +110,10 @@ class OutputFolder(PartialOutput):
             OutputError: a file cannot be removed.
         """
         keep = {self.journal_path, *(self.partial / name for name in kept)}
-        try:
+        with write_errors(self.partial):
             for path in self.partial.rglob("*"):
                 if not path.is_dir() and path not in keep:
                     path.unlink()
-        except OSError as error:
-            raise write_error(self.partial, error) from error
 
     def _written_bytes(self) -> int:
         if not self.is_resumed:
@@ -148,12 +142,10 @@ class OutputFolder(PartialOutput):
             OutputError: the folder cannot be made.
         """
         path = self.partial / name
-        try:
+        with write_errors(path):
             for parent in reversed(path.relative_to(self.partial).parents[:-1]):
                 # Never the folder itself: were it gone, a part of the output would take its name.
                 (self.partial / parent).mkdir(exist_ok=True)
-        except OSError as error:
-            raise write_error(path, error) from error
         return path
 
     @property
@@ -178,13 +170,8 @@ class OutputFolder(PartialOutput):
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file and make it durable."""
         path = self.place(name)
-        try:
-            with path.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(path, error) from error
+        with write_errors(path):
+            write_new(path, data)
 
     def copy_file(self, source: Path, name: str, stop: threading.Event) -> str:
         """Copy a file byte for byte, make it durable, and return its SHA-256.
@@ -201,26 +188,20 @@ class OutputFolder(PartialOutput):
         path = self.place(name)
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(CHUNK_BYTES))
-        try:
+        with write_errors(path):
             output = path.open("xb", buffering=0)
-        except OSError as error:
-            raise write_error(path, error) from error
         with output, FileReader(source) as reader:
-            for offset in range(0, reader.stamp.size_bytes, CHUNK_BYTES):
+            offset = 0
+            for chunk in reader.parts(0, reader.stamp.size_bytes, buffer):
                 if stop.is_set():
                     return ""
-                chunk = buffer[: min(CHUNK_BYTES, reader.stamp.size_bytes - offset)]
-                reader.read_into(chunk, offset)
                 digest.update(chunk)
-                try:
+                with write_errors(path):
                     write_all(output.fileno(), chunk, offset)
-                except OSError as error:
-                    raise write_error(path, error) from error
+                offset += len(chunk)
             reader.check_unchanged(reader.stamp)
-            try:
+            with write_errors(path):
                 os.fsync(output.fileno())
-            except OSError as error:
-                raise write_error(path, error) from error
         return digest.hexdigest()
 
     def publish(self) -> None:
@@ -233,7 +214,7 @@ class OutputFolder(PartialOutput):
         """
         if self.is_overtaken:
             raise overtaken(self.partial)
-        try:
+        with write_errors(self.final):
             self.journal_path.unlink(missing_ok=True)
             for folder, _, _ in os.walk(self.partial):
                 sync_folder(Path(folder))
@@ -246,8 +227,6 @@ class OutputFolder(PartialOutput):
                 self._swap_back(old)
                 raise
             self._published = True
-        except OSError as error:
-            raise write_error(self.final, error) from error
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from merge.background.closable import Closable
 from merge.errors import ResumeError
-from merge.writer.tensors import write_error
+from merge.writer.tensors import write_error, write_errors
 
 JOURNAL_NAME = ".journal.jsonl"
 JOURNAL_VERSION = 1
@@ -76,7 +76,8 @@ class Journal(Closable):
             _lock(descriptor, path)
             lines = _parse(path)
             if not lines:
-                _empty(descriptor, path)
+                with write_errors(path):
+                    os.ftruncate(descriptor, 0)
                 head = {"journal_version": JOURNAL_VERSION, "facts": dict(facts)}
                 _append(descriptor, path, head)
                 return Journal(path, descriptor, ())
@@ -122,10 +123,8 @@ def _lock(descriptor: int, path: Path) -> None:
 
 def _parse(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines; a kill can tear the last one."""
-    try:
+    with write_errors(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise write_error(path, error) from error
     lines = []
     for line in data.splitlines(keepends=True):
         try:
@@ -160,17 +159,8 @@ def _marks(lines: list[dict[str, Any]]) -> tuple[JournalMark, ...]:
     return tuple(found)
 
 
-def _empty(descriptor: int, path: Path) -> None:
-    try:
-        os.ftruncate(descriptor, 0)
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
 def _append(descriptor: int, path: Path, tree: Mapping[str, Any]) -> None:
     data = json.dumps(tree).encode() + b"\n"
-    try:
+    with write_errors(path):
         while data:
             data = data[os.write(descriptor, data) :]
-    except OSError as error:
-        raise write_error(path, error) from error

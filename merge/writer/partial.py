@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from merge.errors import NoSpaceError
-from merge.writer.tensors import write_error
+from merge.errors import NoSpaceError, OutputExistsError
+from merge.writer.tensors import MORE_SPACE_HINT, write_error
 
 
 class PartialOutput(ABC):
@@ -36,6 +37,14 @@ class PartialOutput(ABC):
     def check(self) -> None:
         """Refuse early what publishing could not do."""
 
+    def _require_overwrite(self, what: str) -> None:
+        """Refuse what has the final name, unless it may be replaced."""
+        if not self.overwrite:
+            raise OutputExistsError(
+                f"the output {what} {self.final} exists already",
+                hint="add --overwrite to replace it, or choose another name",
+            )
+
     @abstractmethod
     def _begin(self) -> None:
         """Make what is needed before anything can be written."""
@@ -55,7 +64,7 @@ class PartialOutput(ABC):
         if needed_bytes - self._written_bytes() > free_bytes:
             raise NoSpaceError(
                 f"the output needs {needed_bytes:,} bytes and {folder} has {free_bytes:,} free",
-                hint="free some space, or choose another disk for the output",
+                hint=MORE_SPACE_HINT,
             )
 
     def _free(self) -> tuple[Path, int]:
@@ -63,8 +72,7 @@ class PartialOutput(ABC):
         folder = self.final.parent
         while not folder.exists():
             folder = folder.parent
-        status = os.statvfs(folder)
-        return folder, status.f_bavail * status.f_frsize
+        return folder, shutil.disk_usage(folder).free
 
     def _written_bytes(self) -> int:
         """Return what the disk holds of the output already."""

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from merge.background.closable import Closable
 from merge.errors import NoSpaceError, OutputError
+
+MORE_SPACE_HINT = "free some space, or choose another disk for the output"
+_HINTS = {
+    errno.ENOSPC: MORE_SPACE_HINT,
+    errno.EDQUOT: MORE_SPACE_HINT,
+    errno.EFBIG: "the file system or `ulimit -f` forbids files of this size",
+}
 
 
 class TensorSink(Protocol):
@@ -79,10 +88,8 @@ class TensorFileWriter(Closable):
             NoSpaceError: the disk or a quota is full.
             OutputError: any other failure.
         """
-        try:
+        with write_errors(self.path):
             write_all(self._fd, data, offset)
-        except OSError as error:
-            raise write_error(self.path, error) from error
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Read back what was written, for its digest.
@@ -106,10 +113,8 @@ class TensorFileWriter(Closable):
         Raises:
             OutputError: the system could not; this is final, since it forgets the lost pages.
         """
-        try:
+        with write_errors(self.path):
             os.fsync(self._fd)
-        except OSError as error:
-            raise write_error(self.path, error) from error
 
     def finish(self, header: bytes) -> None:
         """Write the header and make the whole file durable.
@@ -130,16 +135,31 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write a small file that must not be there yet, and make it durable."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Say of failures inside the block that this file or folder cannot be written.
+
+    Raises:
+        NoSpaceError: the disk or a quota is full.
+        OutputError: any other failure.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_error(path: Path, error: OSError) -> OutputError:
     """Return the error to raise for a failed write, with what the user can do about it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(
-            f"cannot write {path}: {error.strerror}",
-            hint="free some space, or choose another disk for the output",
-        )
-    if error.errno == errno.EFBIG:
-        return NoSpaceError(
-            f"cannot write {path}: {error.strerror}",
-            hint="the file system or `ulimit -f` forbids files of this size",
-        )
-    return OutputError(f"cannot write {path}: {error.strerror or error}")
+    message = f"cannot write {path}: {error.strerror or error}"
+    if error.errno in _HINTS:
+        return NoSpaceError(message, hint=_HINTS[error.errno])
+    return OutputError(message)

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge.family.expected.fields import Shape
+from merge.family.keys.vae import in_new_words
 
 # Names of a model inside of a model, which transformers from 5.6 on leaves out.
 _INNER = re.compile(r"(?:text_model|vision_model)\.")
-# As diffusers wrote a VAE's attention before 0.17; its loader still renames them.
-_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_KEY = re.compile(r"(.+\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
 # Constants that old files hold and no class loads any more.
 _CONSTANT = re.compile(r"(?:.+\.)?(?:position_ids|logit_scale)")
 
@@ -68,9 +66,7 @@ def compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -
 
 
 def _plain(key: str) -> str:
-    if match := _OLD_KEY.fullmatch(key):
-        key = f"{match[1]}{_OLD[match[2]]}{match[3]}"
-    return _INNER.sub("", key)
+    return _INNER.sub("", in_new_words(key))
 
 
 def squeezed(shape: Shape) -> Shape:

@@ -27,14 +27,14 @@ class Fields:
     config: Mapping[str, Any]
     where: str
 
-    def number(self, name: str, default: int | None) -> int | None:
-        """Return a whole number above 0, or None where the config says null."""
-        value = self.config.get(name, default)
+    def number(self, name: str) -> int | None:
+        """Return a whole number above 0, or None where the config says null or nothing."""
+        value = self.config.get(name)
         return None if value is None else self._checked(name, value)
 
     def required(self, name: str, default: int) -> int:
-        """Return a whole number above 0; null means the default."""
-        return self.number(name, default) or default
+        """Return a whole number above 0; null and nothing mean the default."""
+        return self.number(name) or default
 
     def numbers(self, name: str, default: Sequence[int]) -> list[int]:
         """Return a list of whole numbers above 0."""

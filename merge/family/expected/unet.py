@@ -5,6 +5,7 @@ Source: `UNet2DConditionModel.__init__` and the blocks that it builds, diffusers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from merge.family.expected.fields import Fields, Layers, Table
@@ -47,13 +48,17 @@ def unet_tensors(fields: Fields) -> Table | None:
     if config.get("addition_embed_type") not in (None, "text_time"):
         return None
     builder = _Builder(fields, widths)
-    if builder.depths is None:
+    depths = _depths(fields, "transformer_layers_per_block", len(widths))
+    up_depths: Sequence[int | list[int]] = depths[::-1]
+    if fields.config.get("reverse_transformer_layers_per_block") is not None:
+        up_depths = _depths(fields, "reverse_transformer_layers_per_block", len(widths))
+    elif any(isinstance(item, list) for item in depths):
         return None
     builder.embeddings()
-    builder.down(down)
+    builder.down(down, depths)
     if middle is not None:
-        builder.middle()
-    builder.up(up)
+        builder.middle(depths[-1])
+    builder.up(up, up_depths)
     return builder.finish()
 
 
@@ -62,14 +67,10 @@ class _Builder:
         self.fields = fields
         self.widths = widths
         self.layers = Layers()
-        self.time = fields.number("time_embedding_dim", None) or 4 * widths[0]
+        self.time = fields.number("time_embedding_dim") or 4 * widths[0]
         self.counts = fields.per_block("layers_per_block", 2, len(widths))
         self.contexts = fields.per_block("cross_attention_dim", 1280, len(widths))
         self.is_linear = fields.is_on("use_linear_projection", False)
-        self.depths = self._depths("transformer_layers_per_block")
-        self.up_depths = self._up_depths()
-        if self.up_depths is None:
-            self.depths = None
 
     def embeddings(self) -> None:
         fields, layers, first = self.fields, self.layers, self.widths[0]
@@ -77,58 +78,46 @@ class _Builder:
         layers.conv("conv_in", inputs, first, fields.required("conv_in_kernel", 3))
         layers.linear("time_embedding.linear_1", first, self.time)
         layers.linear("time_embedding.linear_2", self.time, self.time)
-        if condition := fields.number("time_cond_proj_dim", None):
+        if condition := fields.number("time_cond_proj_dim"):
             layers.linear("time_embedding.cond_proj", condition, first, bias=False)
-        if classes := fields.number("num_class_embeds", None):
+        if classes := fields.number("num_class_embeds"):
             layers.table["class_embedding.weight"] = (classes, self.time)
         if fields.config.get("addition_embed_type") == "text_time":
-            width = fields.number("projection_class_embeddings_input_dim", None)
+            width = fields.number("projection_class_embeddings_input_dim")
             if width is None:
                 raise fields.problem("projection_class_embeddings_input_dim", None)
             layers.linear("add_embedding.linear_1", width, self.time)
             layers.linear("add_embedding.linear_2", self.time, self.time)
 
-    def down(self, kinds: list[str]) -> None:
-        assert self.depths is not None
+    def down(self, kinds: list[str], depths: Sequence[int | list[int]]) -> None:
         before = self.widths[0]
         for block, (kind, width) in enumerate(zip(kinds, self.widths, strict=True)):
             name = f"down_blocks.{block}"
-            for layer in range(self.counts[block]):
-                inputs = before if layer == 0 else width
-                self.layers.resnet(f"{name}.resnets.{layer}", inputs, width, self.time)
-                if _DOWN[kind]:
-                    depth = self._depth(self.depths[block], layer)
-                    context = self.contexts[block]
-                    self._transformer(f"{name}.attentions.{layer}", width, context, depth)
+            inputs = [before, *[width] * (self.counts[block] - 1)]
+            depth = depths[block] if _DOWN[kind] else None
+            self._block(name, inputs, width, self.contexts[block], depth)
             if block < len(kinds) - 1:
                 self.layers.conv(f"{name}.downsamplers.0.conv", width, width, 3)
             before = width
 
-    def middle(self) -> None:
-        assert self.depths is not None
+    def middle(self, depths: int | list[int]) -> None:
         width = self.widths[-1]
-        depth = self._depth(self.depths[-1], 0)
         for number in (0, 1):
             self.layers.resnet(f"mid_block.resnets.{number}", width, width, self.time)
+        depth = self._depth(depths, 0)
         self._transformer("mid_block.attentions.0", width, self.contexts[-1], depth)
 
-    def up(self, kinds: list[str]) -> None:
-        assert self.up_depths is not None
+    def up(self, kinds: list[str], depths: Sequence[int | list[int]]) -> None:
         widths = self.widths[::-1]
         counts, contexts = self.counts[::-1], self.contexts[::-1]
         before = widths[0]
         for block, (kind, width) in enumerate(zip(kinds, widths, strict=True)):
             name = f"up_blocks.{block}"
             below = widths[min(block + 1, len(widths) - 1)]
-            last = counts[block]
-            for layer in range(last + 1):
-                inputs = before if layer == 0 else width
-                skipped = below if layer == last else width
-                self.layers.resnet(f"{name}.resnets.{layer}", inputs + skipped, width, self.time)
-                if _UP[kind]:
-                    depth = self._depth(self.up_depths[block], layer)
-                    context = contexts[block]
-                    self._transformer(f"{name}.attentions.{layer}", width, context, depth)
+            # Each layer also reads what the one opposite of it gave.
+            inputs = [before + width, *[2 * width] * (counts[block] - 1), width + below]
+            depth = depths[block] if _UP[kind] else None
+            self._block(name, inputs, width, contexts[block], depth)
             if block < len(kinds) - 1:
                 self.layers.conv(f"{name}.upsamplers.0.conv", width, width, 3)
             before = width
@@ -140,6 +129,21 @@ class _Builder:
         kernel = self.fields.required("conv_out_kernel", 3)
         self.layers.conv("conv_out", first, outputs, kernel)
         return self.layers.table
+
+    def _block(
+        self,
+        name: str,
+        inputs: Sequence[int],
+        width: int,
+        context: int,
+        depths: int | list[int] | None,
+    ) -> None:
+        """Add a residual layer for each number of inputs, with attention where there is a depth."""
+        for layer, channels in enumerate(inputs):
+            self.layers.resnet(f"{name}.resnets.{layer}", channels, width, self.time)
+            if depths is not None:
+                depth = self._depth(depths, layer)
+                self._transformer(f"{name}.attentions.{layer}", width, context, depth)
 
     def _transformer(self, name: str, width: int, context: int, depth: int) -> None:
         layers = self.layers
@@ -162,30 +166,24 @@ class _Builder:
             layers.linear(f"{block}.ff.net.0.proj", width, 8 * width)
             layers.linear(f"{block}.ff.net.2", 4 * width, width)
 
-    def _depths(self, name: str) -> list[int | list[int]] | None:
-        """Return the transformer blocks of each block, or of each of its layers."""
-        value = self.fields.config.get(name, 1)
-        if not isinstance(value, list | tuple):
-            return [*self.fields.per_block(name, 1, len(self.widths))]
-        if len(value) != len(self.widths):
-            raise self.fields.problem(name, value)
-        found: list[int | list[int]] = []
-        for item in value:
-            inner = Fields({name: item}, self.fields.where)
-            is_list = isinstance(item, list | tuple)
-            found.append(inner.numbers(name, ()) if is_list else inner.required(name, 1))
-        return found
-
-    def _up_depths(self) -> list[int | list[int]] | None:
-        if self.fields.config.get("reverse_transformer_layers_per_block") is not None:
-            return self._depths("reverse_transformer_layers_per_block")
-        if self.depths is None or any(isinstance(item, list) for item in self.depths):
-            return None
-        return self.depths[::-1]
-
     def _depth(self, depths: int | list[int], layer: int) -> int:
         if isinstance(depths, int):
             return depths
         if layer >= len(depths):
             raise self.fields.problem("transformer_layers_per_block", depths)
         return depths[layer]
+
+
+def _depths(fields: Fields, name: str, blocks: int) -> list[int | list[int]]:
+    """Return the transformer blocks of each block, or of each of its layers."""
+    value = fields.config.get(name, 1)
+    if not isinstance(value, list | tuple):
+        return [*fields.per_block(name, 1, blocks)]
+    if len(value) != blocks:
+        raise fields.problem(name, value)
+    found: list[int | list[int]] = []
+    for item in value:
+        inner = Fields({name: item}, fields.where)
+        is_list = isinstance(item, list | tuple)
+        found.append(inner.numbers(name, ()) if is_list else inner.required(name, 1))
+    return found

@@ -24,8 +24,6 @@ def averaged_keys(names: Collection[str]) -> dict[str, str]:
         names: All keys of an LDM/SGM file.
     """
     averages = {name for name in names if name.startswith(AVERAGE_PREFIX)}
-    if not averages:
-        return {}
     found = {}
     for name in names:
         if name.startswith(LDM_UNET_PREFIX):

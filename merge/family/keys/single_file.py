@@ -8,51 +8,36 @@ from dataclasses import dataclass, replace
 
 from merge.errors import CheckpointError
 from merge.family.keys.pairs import KeyPair, checked_pairs, strip
-from merge.family.keys.text import (
-    SD15_TEXT_PREFIX,
-    SDXL_TEXT_2_PREFIX,
-    SDXL_TEXT_PREFIX,
-    clip_to_single,
-    open_clip_to_single,
-    single_to_clip,
-    single_to_open_clip,
-    unknown_to_clip,
-)
+from merge.family.keys.text import SD15_TEXT, SDXL_TEXT, SDXL_TEXT_2
 from merge.family.keys.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm, unknown_to_unet
-from merge.family.keys.vae import VAE_PREFIX, single_to_vae, unknown_to_vae, vae_to_single
+from merge.family.keys.vae import VAE_KEYS
 
-_PREFIXES = (
-    LDM_UNET_PREFIX,
-    VAE_PREFIX,
-    SD15_TEXT_PREFIX,
-    SDXL_TEXT_PREFIX,
-    SDXL_TEXT_2_PREFIX,
-)
-_SCHEDULE = re.compile(
-    r"(?:sqrt_|log_|one_minus_|recip_|recipm1_)*(?:alphas_cumprod|betas)(?:_prev)?"
-    r"|posterior_\w+|logvar|lvlb_weights|denoiser\.(?:sigmas|log_sigmas)"
-)
+# Component to the tables of its keys, of which a file uses one; the UNet's depend on each other.
+_TABLES = {
+    "vae": (VAE_KEYS,),
+    "text_encoder": (SD15_TEXT, SDXL_TEXT),
+    "text_encoder_2": (SDXL_TEXT_2,),
+}
+_ALL_TABLES = tuple(table for tables in _TABLES.values() for table in tables)
+_PREFIXES = (LDM_UNET_PREFIX, *(table.prefix for table in _ALL_TABLES))
 # Keys of training and of other tools, and why they are in no other layout.
-_LEFT_OUT: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"model_ema\..+"),
-        "a moving average kept for training; the plain weights are used",
+_REASONS = {
+    r"model_ema\..+": "a moving average kept for training; the plain weights are used",
+    r"(?:sqrt_|log_|one_minus_|recip_|recipm1_)*(?:alphas_cumprod|betas)(?:_prev)?"
+    r"|posterior_\w+|logvar|lvlb_weights|denoiser\.(?:sigmas|log_sigmas)": (
+        "a constant of the noise schedule, which the scheduler's config holds"
     ),
-    (_SCHEDULE, "a constant of the noise schedule, which the scheduler's config holds"),
-    (re.compile(r"(?:.+\.)?logit_scale"), "of CLIP's training; no text encoder uses it"),
-    (
-        re.compile(r"first_stage_model\.(?:loss|model_ema|discriminator)\..+"),
-        "of the VAE's training",
+    r"(?:.+\.)?logit_scale": "of CLIP's training; no text encoder uses it",
+    r"first_stage_model\.(?:loss|model_ema|discriminator)\..+": "of the VAE's training",
+    r"(?:optimizer\w*|lr_scheduler\w*|callbacks|loops)(?:\..+)?": "of training",
+    r"scale_factor": "a constant, which the VAE's config holds",
+    r"conditioner\.embedders\.1\.(?:.+\.)?(?:position_ids|attn_mask)": (
+        "a constant, which no text encoder loads"
     ),
-    (re.compile(r"(?:optimizer\w*|lr_scheduler\w*|callbacks|loops)(?:\..+)?"), "of training"),
-    (re.compile(r"scale_factor"), "a constant, which the VAE's config holds"),
-    (
-        re.compile(r"conditioner\.embedders\.1\.(?:.+\.)?(?:position_ids|attn_mask)"),
-        "a constant, which no text encoder loads",
-    ),
-    (re.compile(r"embedding_manager\..+"), "of textual inversion's training"),
-    (re.compile(r"cond_stage_model\.transformer\.vision_model\..+"), "CLIP's picture half"),
-)
+    r"embedding_manager\..+": "of textual inversion's training",
+    r"cond_stage_model\.transformer\.vision_model\..+": "CLIP's picture half",
+}
+_LEFT_OUT = [(re.compile(pattern), reason) for pattern, reason in _REASONS.items()]
 # Where 1.x has `cond_stage_model.transformer.`.
 _SD2_TEXT_PREFIX = "cond_stage_model.model."
 # Roots of a UNet outside of `model.diffusion_model.`.
@@ -119,13 +104,9 @@ def split_single_file(names: Collection[str]) -> SplitFile:
         "unet": checked_pairs(
             (KeyPair(key, LDM_UNET_PREFIX + name) for name, key in unet.items()), "UNet keys"
         ),
-        "vae": single_to_vae(rest),
-        "text_encoder": (
-            *single_to_clip(rest, SD15_TEXT_PREFIX),
-            *single_to_clip(rest, SDXL_TEXT_PREFIX),
-        ),
-        "text_encoder_2": single_to_open_clip(rest),
     }
+    for component, tables in _TABLES.items():
+        pairs[component] = tuple(pair for table in tables for pair in table.to_folder(rest))
     return SplitFile({name: found for name, found in pairs.items() if found}, left_out)
 
 
@@ -133,8 +114,8 @@ def unknown_keys(names: Collection[str]) -> list[str]:
     """Return the keys of a single file that no part of it knows, sorted: exclusions may be."""
     rest = [name for name in names if not _reason(name)]
     unet = unknown_to_unet(strip(rest, LDM_UNET_PREFIX))
-    inside = [*(LDM_UNET_PREFIX + name for name in unet), *unknown_to_vae(rest)]
-    return sorted([*_outside(rest), *inside, *unknown_to_clip(rest)])
+    others = (name for table in _ALL_TABLES for name in table.unknown(rest))
+    return sorted([*_outside(rest), *(LDM_UNET_PREFIX + name for name in unet), *others])
 
 
 def _outside(names: Collection[str]) -> list[str]:
@@ -155,12 +136,12 @@ def join_single_file(keys: Mapping[str, Collection[str]]) -> SplitFile:
     pairs = {"unet": tuple(KeyPair(key, LDM_UNET_PREFIX + name) for key, name in unet.items())}
     left_out: dict[str, str] = {}
     if "vae" in keys:
-        pairs["vae"] = vae_to_single(keys["vae"])
+        pairs["vae"] = VAE_KEYS.to_single(keys["vae"])
     if "text_encoder" in keys:
-        prefix = SDXL_TEXT_PREFIX if is_xl else SD15_TEXT_PREFIX
-        pairs["text_encoder"] = clip_to_single(keys["text_encoder"], prefix)
+        table = SDXL_TEXT if is_xl else SD15_TEXT
+        pairs["text_encoder"] = table.to_single(keys["text_encoder"])
     if is_xl:
-        pairs["text_encoder_2"] = open_clip_to_single(keys["text_encoder_2"])
+        pairs["text_encoder_2"] = SDXL_TEXT_2.to_single(keys["text_encoder_2"])
         used = {pair.folder for pair in pairs["text_encoder_2"]}
         for key in sorted(set(keys["text_encoder_2"]) - used):
             left_out[f"text_encoder_2.{key}"] = "a constant, which OpenCLIP does not store"

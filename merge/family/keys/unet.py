@@ -11,7 +11,7 @@ Source: `convert_ldm_unet_checkpoint` in diffusers and its scripts
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from merge.errors import CheckpointError
@@ -28,11 +28,6 @@ _TOP = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_MID = {
-    "resnets.0": "middle_block.0",
-    "attentions.0": "middle_block.1",
-    "resnets.1": "middle_block.2",
-}
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -41,19 +36,15 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_TOP_BACK = {ldm: name for name, ldm in _TOP.items()}
-_MID_BACK = {ldm: name for name, ldm in _MID.items()}
-_RESNET_BACK = {ldm: name for name, ldm in _RESNET.items()}
 
-_BLOCK = re.compile(
-    r"(?P<side>down|up)_blocks\.(?P<block>\d+)\."
-    r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<layer>\d+)\.(?P<rest>.+)"
+_BLOCK = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.(?P<part>\w+)\.(?P<layer>\d+)\.")
+_IN_ATTENTION = re.compile(
+    r"(?P<place>(?:mid_block|(?:down|up)_blocks\.\d+)\.attentions\.\d+"
+    r"|middle_block\.1|(?:input|output)_blocks\.\d+\.1(?!\.conv\.))\.(?P<rest>.+)"
 )
-_MID_PART = re.compile(r"mid_block\.(?P<part>(?:resnets|attentions)\.\d+)\.(?P<rest>.+)")
 _LDM_BLOCK = re.compile(
     r"(?P<side>input|output)_blocks\.(?P<index>\d+)\.(?P<inner>\d+)\.(?P<rest>.+)"
 )
-_LDM_MID = re.compile(r"(?P<part>middle_block\.\d+)\.(?P<rest>.+)")
 
 
 def unet_to_ldm(keys: Iterable[str]) -> dict[str, str]:
@@ -69,8 +60,7 @@ def unet_to_ldm(keys: Iterable[str]) -> dict[str, str]:
         CheckpointError: a key has no single-file name, or two have the same.
     """
     keys = sorted(keys)
-    layout = _Layout.of_diffusers(keys)
-    return one_to_one(((key, _checked(key, layout.to_ldm(key))) for key in keys), "UNet keys")
+    return one_to_one(_checked(_Layout.of_diffusers(keys).to_ldm(keys)), "UNet keys")
 
 
 def ldm_to_unet(names: Iterable[str]) -> dict[str, str]:
@@ -80,24 +70,23 @@ def ldm_to_unet(names: Iterable[str]) -> dict[str, str]:
         CheckpointError: a key has no diffusers name, or two have the same.
     """
     names = sorted(names)
-    layout = _Layout.of_ldm(names)
-    return one_to_one(((name, _checked(name, layout.to_diffusers(name))) for name in names), "UNet")
+    return one_to_one(_checked(_Layout.of_ldm(names).to_diffusers(names)), "UNet")
 
 
 def unknown_to_unet(names: Iterable[str]) -> list[str]:
     """Return single-file keys of a UNet, without their prefix, that have no diffusers name."""
     names = sorted(names)
-    layout = _Layout.of_ldm(names)
-    return [name for name in names if layout.to_diffusers(name) is None]
+    return [name for name, key in _Layout.of_ldm(names).to_diffusers(names) if key is None]
 
 
-def _checked(key: str, name: str | None) -> str:
-    if name is None:
-        raise CheckpointError(
-            f"{key}: this key of a UNet has no counterpart in the other layout",
-            hint="only Stable Diffusion 1.x, 2.x and XL UNets are known",
-        )
-    return name
+def _checked(translated: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str]]:
+    for key, name in translated:
+        if name is None:
+            raise CheckpointError(
+                f"{key}: this key of a UNet has no counterpart in the other layout",
+                hint="only Stable Diffusion 1.x, 2.x and XL UNets are known",
+            )
+        yield key, name
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +94,12 @@ class _Layout:
     """What the numbering depends on.
 
     Attributes:
+        blocks: Down blocks, and up blocks.
         layers: Residual layers in a down block; an up block has one more.
         attending: Up blocks that have attention, which moves their upsampler to position 2.
     """
 
+    blocks: int
     layers: int
     attending: frozenset[int]
 
@@ -118,7 +109,8 @@ class _Layout:
         down = [m for m in matches if m["side"] == "down" and m["part"] == "resnets"]
         layers = 1 + max((int(m["layer"]) for m in down), default=0)
         up = (m for m in matches if m["side"] == "up" and m["part"] == "attentions")
-        return _Layout(layers, frozenset(int(m["block"]) for m in up))
+        blocks = 1 + max((int(m["block"]) for m in matches), default=0)
+        return _Layout(blocks, layers, frozenset(int(m["block"]) for m in up))
 
     @staticmethod
     def of_ldm(names: Collection[str]) -> _Layout:
@@ -128,76 +120,46 @@ class _Layout:
         last = max((int(m["index"]) for m in down), default=1)
         layers = max(1, min(samplers) - 1 if samplers else last)
         up = (m for m in matches if m["side"] == "output" and _is_attention(m))
-        return _Layout(layers, frozenset(int(m["index"]) // (layers + 1) for m in up))
+        blocks = 1 + max((int(m["index"]) for m in matches), default=0) // (layers + 1)
+        return _Layout(blocks, layers, frozenset(int(m["index"]) // (layers + 1) for m in up))
 
-    def to_ldm(self, key: str) -> str | None:
-        module, _, leaf = key.rpartition(".")
-        if module in _TOP:
-            return f"{_TOP[module]}.{leaf}"
-        if match := _MID_PART.fullmatch(key):
-            inner = _inner(match["part"].partition(".")[0], match["rest"], _RESNET)
-            return f"{_MID[match['part']]}.{inner}" if inner and match["part"] in _MID else None
-        match = _BLOCK.fullmatch(key)
-        if match is None:
-            return None
-        block, layer, part = int(match["block"]), int(match["layer"]), match["part"]
-        is_down = match["side"] == "down"
-        first = block * (self.layers + 1)
-        if part in ("resnets", "attentions"):
-            inner = _inner(part, match["rest"], _RESNET)
-            limit = self.layers if is_down else self.layers + 1
-            if inner is None or layer >= limit:
-                return None
-            place = (
-                f"input_blocks.{first + layer + 1}" if is_down else f"output_blocks.{first + layer}"
-            )
-            return f"{place}.{0 if part == 'resnets' else 1}.{inner}"
-        if layer or not match["rest"].startswith("conv."):
-            return None
-        leaf = match["rest"].removeprefix("conv.")
-        if part == "downsamplers" and is_down:
-            return f"input_blocks.{first + self.layers + 1}.0.op.{leaf}"
-        if part == "upsamplers" and not is_down:
-            inner_index = 2 if block in self.attending else 1
-            return f"output_blocks.{first + self.layers}.{inner_index}.conv.{leaf}"
-        return None
+    def to_ldm(self, keys: Iterable[str]) -> list[tuple[str, str | None]]:
+        modules = self._modules()
+        return [(key, _renamed(key, modules)) for key in keys]
 
-    def to_diffusers(self, name: str) -> str | None:
-        module, _, leaf = name.rpartition(".")
-        if module in _TOP_BACK:
-            return f"{_TOP_BACK[module]}.{leaf}"
-        if match := _LDM_MID.fullmatch(name):
-            part = _MID_BACK.get(match["part"])
-            inner = _inner(part.partition(".")[0], match["rest"], _RESNET_BACK) if part else None
-            return f"mid_block.{part}.{inner}" if inner else None
-        match = _LDM_BLOCK.fullmatch(name)
-        if match is None:
-            return None
-        index, place, rest = int(match["index"]), int(match["inner"]), match["rest"]
-        is_down = match["side"] == "input"
-        block, layer = divmod(index - 1 if is_down else index, self.layers + 1)
-        prefix = f"{'down' if is_down else 'up'}_blocks.{block}"
-        if is_down and layer == self.layers:
-            if place == 0 and rest.startswith("op."):
-                return f"{prefix}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-            return None
-        if place == 0:
-            inner = _inner("resnets", rest, _RESNET_BACK)
-            return f"{prefix}.resnets.{layer}.{inner}" if inner else None
-        if rest.startswith("conv."):
-            is_sampler = not is_down and layer == self.layers
-            is_sampler &= place == (2 if block in self.attending else 1)
-            return f"{prefix}.upsamplers.0.{rest}" if is_sampler else None
-        return f"{prefix}.attentions.{layer}.{rest}" if place == 1 else None
+    def to_diffusers(self, names: Iterable[str]) -> list[tuple[str, str | None]]:
+        modules = {ldm: module for module, ldm in self._modules().items()}
+        return [(name, _renamed(name, modules)) for name in names]
+
+    def _modules(self) -> dict[str, str]:
+        """Return every module to its single-file name; inside attention both have the same."""
+        found = {**_TOP, "mid_block.attentions.0": "middle_block.1"}
+        resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+        for block in range(self.blocks):
+            down, up = f"down_blocks.{block}", f"up_blocks.{block}"
+            first = block * (self.layers + 1)
+            last = first + self.layers
+            places = {(down, n): f"input_blocks.{first + n + 1}" for n in range(self.layers)}
+            places |= {(up, n): f"output_blocks.{first + n}" for n in range(self.layers + 1)}
+            for (side, layer), place in places.items():
+                resnets[f"{side}.resnets.{layer}"] = f"{place}.0"
+                found[f"{side}.attentions.{layer}"] = f"{place}.1"
+            inner = 2 if block in self.attending else 1
+            found[f"{down}.downsamplers.0.conv"] = f"input_blocks.{last + 1}.0.op"
+            found[f"{up}.upsamplers.0.conv"] = f"output_blocks.{last}.{inner}.conv"
+        for resnet, ldm in resnets.items():
+            found |= {f"{resnet}.{part}": f"{ldm}.{other}" for part, other in _RESNET.items()}
+        return found
 
 
 def _is_attention(match: re.Match[str]) -> bool:
     return match["inner"] == "1" and not match["rest"].startswith("conv.")
 
 
-def _inner(part: str, rest: str, resnet: dict[str, str]) -> str | None:
-    """Translate the name inside a block; attention layers have the same names on both sides."""
-    if part == "attentions":
-        return rest
-    module, _, leaf = rest.rpartition(".")
-    return f"{resnet[module]}.{leaf}" if module in resnet else None
+def _renamed(key: str, modules: Mapping[str, str]) -> str | None:
+    """Return a key in the other layout; None where it has none."""
+    module, _, leaf = key.rpartition(".")
+    if module not in modules:
+        match = _IN_ATTENTION.fullmatch(key)
+        module, leaf = (match["place"], match["rest"]) if match else ("", "")
+    return f"{modules[module]}.{leaf}" if module in modules else None

@@ -7,34 +7,24 @@ from collections.abc import Iterable, Mapping
 
 Shape = tuple[int, ...]
 
-_CONTROLNET = re.compile(r"control_model\.|controlnet_cond_embedding\.|controlnet_down_blocks\.")
+_CONTROLNET = r"control_model\.|controlnet_cond_embedding\.|controlnet_down_blocks\."
 # What some keys of a file begin with, and what it then is.
-_KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"emb_params|string_to_(?:param|token)(?:\.|$)|<[^>]+>"),
-        "a textual-inversion embedding",
-    ),
-    (re.compile(r"image_proj(?:_model)?\.|ip_adapter\.|adapter_modules\."), "an IP-Adapter"),
-    (_CONTROLNET, "a ControlNet"),
-    (re.compile(r"adapter\.(?:body|conv_in|unshuffle)\."), "a T2I-Adapter"),
-    (re.compile(r"(?:.+\.)?motion_modules\."), "a motion module of AnimateDiff"),
-    (re.compile(r"hypernetwork|\d+\.(?:0|1)\.linear"), "a hypernetwork"),
-    (
-        re.compile(r"(?:.*\.)?(?:transformer_blocks\.0\.img_mlp|double_blocks\.0)\."),
-        "a transformer",
-    ),
-    (
-        re.compile(r"(?:first_stage_model\.)?(?:decoder|encoder)\.(?:conv_in|mid_block|mid)\."),
-        "a VAE",
-    ),
-    (re.compile(r"text_model\.|(?:.+\.)?resblocks\."), "a text encoder"),
-)
-_SD_UNET = re.compile(r"(?:.*\.)?(?:conv_in|input_blocks\.0\.0)\.weight")
+_KINDS = {
+    r"emb_params|string_to_(?:param|token)(?:\.|$)|<[^>]+>": "a textual-inversion embedding",
+    r"image_proj(?:_model)?\.|ip_adapter\.|adapter_modules\.": "an IP-Adapter",
+    _CONTROLNET: "a ControlNet",
+    r"adapter\.(?:body|conv_in|unshuffle)\.": "a T2I-Adapter",
+    r"(?:.+\.)?motion_modules\.": "a motion module of AnimateDiff",
+    r"hypernetwork|\d+\.(?:0|1)\.linear": "a hypernetwork",
+    r"(?:.*\.)?(?:transformer_blocks\.0\.img_mlp|double_blocks\.0)\.": "a transformer",
+    r"(?:first_stage_model\.)?(?:decoder|encoder)\.(?:conv_in|mid_block|mid)\.": "a VAE",
+    r"text_model\.|(?:.+\.)?resblocks\.": "a text encoder",
+}
 
 
 def is_controlnet(names: Iterable[str]) -> bool:
     """Return True for the keys of a ControlNet, which has a UNet's own keys as well."""
-    return any(_CONTROLNET.match(name) for name in names)
+    return any(re.match(_CONTROLNET, name) for name in names)
 
 
 def foreign_kind(shapes: Mapping[str, Shape]) -> str:
@@ -46,14 +36,13 @@ def foreign_kind(shapes: Mapping[str, Shape]) -> str:
     if not shapes:
         return "an empty file, without a tensor"
     names = list(shapes)
-    if any(".base_layer." in name for name in names):
+    if adapted := next((name for name in names if ".base_layer." in name), ""):
         return (
-            "a model saved with its adapters (it has "
-            f"{next(name for name in names if '.base_layer.' in name)}); save it after "
-            "fuse_lora and unload_lora_weights"
+            f"a model saved with its adapters (it has {adapted}); save it after fuse_lora and "
+            "unload_lora_weights"
         )
-    for pattern, kind in _KINDS:
-        if any(pattern.match(name) for name in names):
+    for pattern, kind in _KINDS.items():
+        if any(re.match(pattern, name) for name in names):
             return kind
     is_pair = set(names) <= {"clip_l", "clip_g"} and all(len(s) == 2 for s in shapes.values())
     return "a textual-inversion embedding" if is_pair else ""

@@ -21,7 +21,6 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALE_DTYPES = ("F32", "F16", "BF16")
 _SCALED_DTYPES = (*FLOAT8, "F16", "BF16", "F32")
 _MARKER = "scaled_fp8"
-_HINT = "take the model in float16, bfloat16, float32 or float8 with plain scales"
 
 # Endings of a scale, and of the weight that it belongs to.
 _SCALES = (
@@ -87,9 +86,7 @@ def find_scales(tensors: Mapping[str, TensorSpec]) -> Quantized:
         elif (weight := _weight_of(name)) is not None:
             _check_scale(name, spec, weight, tensors)
             if weight in scales:
-                raise CheckpointError(
-                    f"{weight} has two scales: {scales[weight]}, {name}", hint=_HINT
-                )
+                raise _unreadable(f"{weight} has two scales: {scales[weight]}, {name}")
             scales[weight] = name
     if scales or has_marker:
         _check_complete(tensors, scales)
@@ -97,10 +94,16 @@ def find_scales(tensors: Mapping[str, TensorSpec]) -> Quantized:
         is_matrix = name.endswith("weight") and len(spec.shape) > 1
         if is_matrix and spec.dtype.startswith(("I", "U", "BOOL", "F4", "F6")):
             word = DTYPE_WORDS.get(spec.dtype, spec.dtype)
-            raise CheckpointError(
-                f"{name}: its weights are {word}, a quantised form that cannot be read", hint=_HINT
+            raise _unreadable(
+                f"{name}: its weights are {word}, a quantised form that cannot be read"
             )
     return Quantized(scales, left_out)
+
+
+def _unreadable(message: str) -> CheckpointError:
+    return CheckpointError(
+        message, hint="take the model in float16, bfloat16, float32 or float8 with plain scales"
+    )
 
 
 def _refuse_unreadable(name: str) -> None:
@@ -108,9 +111,7 @@ def _refuse_unreadable(name: str) -> None:
     if not kind and ".quant_state." in name:
         kind = "4-bit of bitsandbytes"
     if kind:
-        raise CheckpointError(
-            f"{name}: the weights are quantised ({kind}), a form that cannot be read", hint=_HINT
-        )
+        raise _unreadable(f"{name}: the weights are quantised ({kind}), a form that cannot be read")
 
 
 def _weight_of(name: str) -> str | None:
@@ -125,21 +126,18 @@ def _check_scale(
 ) -> None:
     found = tensors.get(weight)
     if found is None:
-        raise CheckpointError(f"{name} is a scale, and the file has no {weight}", hint=_HINT)
+        raise _unreadable(f"{name} is a scale, and the file has no {weight}")
     if found.dtype not in _SCALED_DTYPES:
         word = DTYPE_WORDS.get(found.dtype, found.dtype)
-        raise CheckpointError(
-            f"{weight} is {word} with a scale, a quantised form that cannot be read", hint=_HINT
-        )
+        raise _unreadable(f"{weight} is {word} with a scale, a quantised form that cannot be read")
     count = element_count(spec.shape)
     rows = found.shape[0] if found.shape else 1
     is_row_wise = count == rows and spec.shape[:1] == (rows,)
     if spec.dtype not in _SCALE_DTYPES or not (count == 1 or is_row_wise):
         word = DTYPE_WORDS.get(spec.dtype, spec.dtype)
-        raise CheckpointError(
+        raise _unreadable(
             f"{name}: scales of shape {list(spec.shape)} in {word} for {weight} of shape "
             f"{list(found.shape)} are not read; one number, or one for each row, is",
-            hint=_HINT,
         )
 
 

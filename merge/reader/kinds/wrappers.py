@@ -21,7 +21,6 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
         CheckpointError: two keys become the same.
     """
     outside = _OUTSIDE if names and all(name.startswith(_OUTSIDE) for name in names) else ""
-    plain: dict[str, str] = {}
     back: dict[str, str] = {}
     for name in names:
         inner = _INSIDE.sub("", name.removeprefix(outside))
@@ -31,5 +30,4 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
                 hint="save the model once, without torch.compile around it",
             )
         back[inner] = name
-        plain[name] = inner
-    return plain
+    return {name: inner for inner, name in back.items()}

@@ -18,9 +18,9 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from merge.errors import CheckpointError
+from merge.reader.byte_reader import ByteReader
 from merge.reader.pickles.values import shown
 
 # Of files that torch.save writes; what they are is decided by their bytes.
@@ -47,22 +47,6 @@ _RECORDS = re.compile(
     r"data\.pkl|data/[^/]+|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id|\.data/version"
 )
-
-
-class Source(Protocol):
-    """Positioned reads of one file."""
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return bytes from a position."""
-        ...
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer from a position."""
-        ...
-
-    def will_need(self, offset: int, size: int) -> None:
-        """Say what is read next, so that it can be fetched meanwhile."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +79,7 @@ class _Entry:
     offset: int
 
 
-def read_archive(source: Source, file_bytes: int) -> Mapping[str, Record]:
+def read_archive(source: ByteReader, file_bytes: int) -> Mapping[str, Record]:
     """Return the records of an archive by name.
 
     Args:
@@ -138,7 +122,7 @@ def read_archive(source: Source, file_bytes: int) -> Mapping[str, Record]:
     return records
 
 
-def check_crc32(source: Source, record: Record) -> None:
+def check_crc32(source: ByteReader, record: Record) -> None:
     """Read a record through a small buffer and compare its checksum.
 
     torch.load does not check it, so that a flipped bit loads without a word.
@@ -146,13 +130,10 @@ def check_crc32(source: Source, record: Record) -> None:
     Raises:
         CheckpointError: the bytes are not those that were written.
     """
-    buffer = memoryview(bytearray(min(record.size_bytes, _CHUNK_BYTES)))
-    crc32, done = 0, 0
-    while done < record.size_bytes:
-        part = buffer[: min(len(buffer), record.size_bytes - done)]
-        source.read_into(part, record.start + done)
+    buffer = memoryview(bytearray(min(record.size_bytes, _CHUNK_BYTES) or 1))
+    crc32 = 0
+    for part in source.parts(record.start, record.size_bytes, buffer):
         crc32 = zlib.crc32(part, crc32)
-        done += len(part)
     if crc32 != record.crc32:
         raise CheckpointError(
             f"record {shown(record.name)} is damaged: its CRC-32 is {crc32:08x}, and "
@@ -165,7 +146,7 @@ def check_crc32(source: Source, record: Record) -> None:
         )
 
 
-def _read_directory(source: Source, file_bytes: int) -> tuple[int, bytes, int]:
+def _read_directory(source: ByteReader, file_bytes: int) -> tuple[int, bytes, int]:
     """Return where the directory is, its bytes, and how many entries it has."""
     end_at = file_bytes - _END.size
     fields = _END.unpack(source.read(end_at, _END.size)) if end_at >= 0 else (b"",)
@@ -217,9 +198,7 @@ def _parse_directory(data: bytes, count: int) -> list[_Entry]:
         if not 0 < name_bytes <= MAX_NAME_BYTES:
             raise CheckpointError(f"a record's name has {name_bytes} bytes")
         wide = _zip64_values(extra, name)
-        size = wide.pop(0) if size == _U32 and wide else size
-        packed = wide.pop(0) if packed == _U32 and wide else packed
-        offset = wide.pop(0) if offset == _U32 and wide else offset
+        size, packed, offset = _widened((size, packed, offset), wide)
         if wide:
             raise CheckpointError(f"record {_text(name)} has zip64 values that nothing needs")
         entries.append(_Entry(name, flags, method, crc32, packed, size, offset))
@@ -241,7 +220,7 @@ def _check_stored(entry: _Entry) -> None:
         raise CheckpointError(f"record {name} has unknown flags {entry.flags:#06x}")
 
 
-def _check_local(source: Source, entry: _Entry, limit: int) -> tuple[int, int]:
+def _check_local(source: ByteReader, entry: _Entry, limit: int) -> tuple[int, int]:
     """Compare an entry with the header in front of its data; return the data's start, and the end.
 
     Args:
@@ -264,8 +243,7 @@ def _check_local(source: Source, entry: _Entry, limit: int) -> tuple[int, int]:
     wide = _zip64_values(source.read(start, extra_bytes), entry.name)
     start += extra_bytes
     is_wide = bool(wide)
-    size = wide.pop(0) if size == _U32 and wide else size
-    packed = wide.pop(0) if packed == _U32 and wide else packed
+    size, packed = _widened((size, packed), wide)
     stated = (crc32, packed, size)
     expected = (entry.crc32, entry.size_bytes, entry.size_bytes)
     end = start + entry.size_bytes
@@ -278,7 +256,7 @@ def _check_local(source: Source, entry: _Entry, limit: int) -> tuple[int, int]:
 
 
 def _descriptor_bytes(
-    source: Source, entry: _Entry, position: int, limit: int, is_wide: bool
+    source: ByteReader, entry: _Entry, position: int, limit: int, is_wide: bool
 ) -> int:
     """Check what repeats checksum and size behind the data, and return its length."""
     layout = _DESCRIPTOR64 if is_wide else _DESCRIPTOR
@@ -309,6 +287,11 @@ def _zip64_values(extra: bytes, name: bytes) -> list[int]:
                 raise CheckpointError(f"record {_text(name)} has damaged zip64 values")
             values = list(struct.unpack(f"<{size // 8}Q", body))
     return values or []
+
+
+def _widened(fields: Sequence[int], wide: list[int]) -> list[int]:
+    """Return a header's fields; those that are full have their values in the extra fields."""
+    return [wide.pop(0) if field == _U32 and wide else field for field in fields]
 
 
 def _split_name(name: bytes) -> tuple[str, str]:
@@ -342,7 +325,7 @@ def _check_names(records: Mapping[str, Record]) -> None:
         raise CheckpointError("it is a zip archive without a data.pkl, so not from torch.save")
 
 
-def _check_format(source: Source, records: Mapping[str, Record]) -> None:
+def _check_format(source: ByteReader, records: Mapping[str, Record]) -> None:
     # Written since torch 2.1 and 2.6.
     for name, expected in (("byteorder", b"little"), (".format_version", b"1")):
         record = records.get(name)

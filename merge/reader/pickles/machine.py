@@ -80,8 +80,7 @@ class _Machine:
                 return self.stop()
             step = _STEPS.get(code)
             if step is None:
-                name = _REFUSED.get(code, f"{code:#04x}")
-                raise self.error(f"the opcode {name}, which no state dict needs")
+                raise self.error(f"the opcode {_opcode(code)}, which no state dict needs")
             step(self)
         raise CheckpointError(f"data.pkl takes more than {MAX_STEPS:,} steps")
 
@@ -222,6 +221,20 @@ class _Machine:
                 raise self.error("a reference that is no storage")
 
 
+def _opcode(code: int) -> str:
+    """Return the name of an opcode that is refused.
+
+    Those are of protocols 0 and 1, of Python 2, for cyclic tuples, or for registries of the reading
+    process.
+    """
+    # Here: only the message needs it.
+    import pickletools
+
+    names = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+    names[0x80] = "PROTO in the middle"
+    return names.get(code, f"{code:#04x}")
+
+
 def _integer(machine: _Machine, size: int) -> None:
     if size > _MAX_INTEGER_BYTES:
         raise machine.error(f"an integer of {size:,} bytes")
@@ -331,30 +344,4 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     0x92: _make_with_keywords,
     ord("b"): _Machine.build,
     ord("Q"): _Machine.reference,
-}
-# Of protocols 0 and 1, of Python 2, for cyclic tuples, or for registries of the reading process.
-_REFUSED = {
-    0x80: "PROTO in the middle",
-    0x82: "EXT1",
-    0x83: "EXT2",
-    0x84: "EXT4",
-    0x97: "NEXT_BUFFER",
-    0x98: "READONLY_BUFFER",
-    ord("0"): "POP",
-    ord("1"): "POP_MARK",
-    ord("2"): "DUP",
-    ord("F"): "FLOAT",
-    ord("I"): "INT",
-    ord("L"): "LONG",
-    ord("P"): "PERSID",
-    ord("S"): "STRING",
-    ord("T"): "BINSTRING",
-    ord("U"): "SHORT_BINSTRING",
-    ord("V"): "UNICODE",
-    ord("d"): "DICT",
-    ord("g"): "GET",
-    ord("i"): "INST",
-    ord("l"): "LIST",
-    ord("o"): "OBJ",
-    ord("p"): "PUT",
 }

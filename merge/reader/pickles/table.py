@@ -16,7 +16,8 @@ from merge.header import (
     check_name,
     element_count,
 )
-from merge.reader.pickles.archive import Record, Source, check_crc32, read_archive
+from merge.reader.byte_reader import ByteReader
+from merge.reader.pickles.archive import Record, check_crc32, read_archive
 from merge.reader.pickles.machine import MAX_PICKLE_BYTES, Unpickled, unpickle
 from merge.reader.pickles.values import (
     DTYPES,
@@ -51,7 +52,7 @@ class PickleTable:
     left_out: tuple[tuple[str, str], ...]
 
 
-def read_table(source: Source, file_bytes: int) -> PickleTable:
+def read_table(source: ByteReader, file_bytes: int) -> PickleTable:
     """List the tensors of a file that `torch.save` wrote, running nothing of it.
 
     Only the archive's headers and its pickle are read. The state dict is the outermost dictionary
@@ -79,7 +80,9 @@ def read_table(source: Source, file_bytes: int) -> PickleTable:
         if not isinstance(key, str):
             raise CheckpointError(f"its state dict has {describe(key)} as a key, not a text")
         if isinstance(value, Tensor):
-            _check_new(key, specs)
+            check_name(key)
+            if key in specs:
+                raise CheckpointError(f"{key} is there twice")
             specs[key] = _place(key, value, records)
         elif isinstance(value, Opaque | Global):
             raise CheckpointError(
@@ -108,10 +111,7 @@ def _choose_state_dict(value: Any) -> tuple[Pairs, list[tuple[str, str]]]:
     if len(found) > 1 or not isinstance(found[0], Pairs):
         raise CheckpointError("its state_dict is not one dictionary of tensors")
     left_out = [
-        (
-            shown(key) if isinstance(key, str) else describe(key),
-            f"{describe(inner)}, outside of state_dict",
-        )
+        (_key_name(key), f"{describe(inner)}, outside of state_dict")
         for key, inner in value.items
         if inner is not found[0]
     ]
@@ -120,12 +120,6 @@ def _choose_state_dict(value: Any) -> tuple[Pairs, list[tuple[str, str]]]:
 
 def _key_name(key: Any) -> str:
     return shown(key) if isinstance(key, str) else describe(key)
-
-
-def _check_new(key: str, specs: Mapping[str, TensorSpec]) -> None:
-    check_name(key)
-    if key in specs:
-        raise CheckpointError(f"{key} is there twice")
 
 
 def _place(key: str, tensor: Tensor, records: Mapping[str, Record]) -> TensorSpec:

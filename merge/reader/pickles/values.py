@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge.header import DTYPE_CODES
+
 _SHOWN_CHARACTERS = 120
 
 # Classes of torch's storages to codes of a safetensors header; None for those that have none that
@@ -30,24 +32,7 @@ STORAGE_DTYPES: dict[str, str | None] = {
 }
 # torch's dtypes, which are named beside storages without a type.
 DTYPES: dict[str, str | None] = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
+    **DTYPE_CODES,
     "complex32": None,
     "complex64": None,
     "complex128": None,

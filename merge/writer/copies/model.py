@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from merge.header import DTYPE_BITS, element_count, tensor_bytes
-from merge.reader.checkpoint import Checkpoint, FileStamp
+from merge.reader.byte_reader import FileStamp
+from merge.reader.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +125,9 @@ def dtype_of(checkpoint: Checkpoint, key: str) -> str:
     return "F32" if key in checkpoint.scales else checkpoint.tensors[key][1].dtype
 
 
-def copies_of(checkpoint: Checkpoint, keys: Sequence[str] | None = None) -> list[TensorCopy]:
-    """Return tensors of a checkpoint as they are, under their own keys; None for all."""
-    names = sorted(checkpoint.tensors) if keys is None else keys
-    found = []
-    for name in names:
-        spec = checkpoint.tensors[name][1]
-        dtype = dtype_of(checkpoint, name)
-        found.append(TensorCopy(name, dtype, spec.shape, (piece_of(checkpoint, name),)))
-    return found
+def copies_of(checkpoint: Checkpoint) -> list[TensorCopy]:
+    """Return all tensors of a checkpoint as they are, under their own keys."""
+    return [
+        TensorCopy(name, dtype_of(checkpoint, name), spec.shape, (piece_of(checkpoint, name),))
+        for name, (_, spec) in sorted(checkpoint.tensors.items())
+    ]

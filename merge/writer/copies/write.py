@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from merge.background.file_digest import FileDigest
 from merge.errors import CheckpointError
-from merge.header import DTYPE_BITS, Header, TensorSpec, encode_header
+from merge.header import DTYPE_BITS, Header, encode_header
 from merge.reader.checkpoint import FileReader
 from merge.writer.copies.model import Scale, TensorCopy, TensorPiece
 from merge.writer.copies.scaled import scale_values, to_float32
@@ -78,9 +78,17 @@ def write_tensor_copies(
         digest = FileDigest(writer.read_into, head, header.file_bytes)
         stack.callback(digest.stop)
         digest.start()
-        sink = _Sink(writer, digest, on_bytes, stop)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
         for spec in header.tensors:
-            _write_tensor(by_name[spec.name], spec, readers, sink)
+            offset = spec.start
+            for chunk in _chunks(by_name[spec.name], readers, buffer):
+                if stop is not None and stop.is_set():
+                    raise StoppedError
+                writer.write(chunk, offset)
+                offset += len(chunk)
+                digest.advance(offset)
+                if on_bytes is not None:
+                    on_bytes(len(chunk))
         for source, reader in readers.items():
             reader.check_unchanged(stamps[source])
         sha256 = digest.result()
@@ -88,48 +96,19 @@ def write_tensor_copies(
     return header.file_bytes, sha256
 
 
-class _Sink:
-    """Where chunks go, one after the other."""
-
-    def __init__(
-        self,
-        writer: TensorFileWriter,
-        digest: FileDigest,
-        on_bytes: Callable[[int], None] | None,
-        stop: threading.Event | None,
-    ) -> None:
-        self.buffer = memoryview(bytearray(CHUNK_BYTES))
-        self._writer = writer
-        self._digest = digest
-        self._on_bytes = on_bytes
-        self._stop = stop
-
-    def write(self, data: memoryview, offset: int) -> None:
-        if self._stop is not None and self._stop.is_set():
-            raise StoppedError
-        self._writer.write(data, offset)
-        self._digest.advance(offset + len(data))
-        if self._on_bytes is not None:
-            self._on_bytes(len(data))
-
-
-def _write_tensor(
-    copy: TensorCopy, spec: TensorSpec, readers: Mapping[Path, FileReader], sink: _Sink
-) -> None:
+def _chunks(
+    copy: TensorCopy, readers: Mapping[Path, FileReader], buffer: memoryview
+) -> Iterator[memoryview]:
+    """Return the bytes of a new tensor in order, each part before the buffer is filled again."""
     if copy.transposed:
-        sink.write(_transposed(copy, readers), spec.start)
+        yield _transposed(copy, readers)
         return
-    offset = spec.start
     for piece in copy.pieces:
         scales = _read_scales(piece, readers)
-        reader = readers[piece.path]
-        for begin in range(0, piece.size_bytes, CHUNK_BYTES):
-            chunk = sink.buffer[: min(CHUNK_BYTES, piece.size_bytes - begin)]
-            reader.read_into(chunk, piece.start + begin)
-            if piece.scale is not None:
-                chunk = _scaled(chunk, piece.scale, scales, begin)
-            sink.write(chunk, offset)
-            offset += len(chunk)
+        begin = 0
+        for chunk in readers[piece.path].parts(piece.start, piece.size_bytes, buffer):
+            yield chunk if piece.scale is None else _scaled(chunk, piece.scale, scales, begin)
+            begin += len(chunk)
 
 
 def _read_scales(piece: TensorPiece, readers: Mapping[Path, FileReader]) -> Any:
