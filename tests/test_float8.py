@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from merge import convert, load_recipe, run_recipe
 from merge.errors import CheckpointError, PlanError
-from merge.header import TensorSpec, tensor_bytes
+from merge.header.dtypes import tensor_bytes
+from merge.header.model import TensorSpec
 from merge.reader.kinds.quantized import find_scales
 from merge.writer.copies.scaled import to_float32
 from tests.mini import (

@@ -16,21 +16,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save, save_file
 
 from merge.errors import CheckpointError
-from merge.header import (
-    DTYPE_BITS,
-    DTYPE_CODES,
-    DTYPE_WORDS,
-    MAX_HEADER_BYTES,
-    Header,
-    TensorSpec,
-    element_count,
-    encode_header,
-    file_order,
-    parse_header,
-    parse_length,
-    sniff,
-    tensor_bytes,
-)
+from merge.header.dtypes import DTYPE_BITS, DTYPE_CODES, DTYPE_WORDS, element_count, tensor_bytes
+from merge.header.encode import encode_header, file_order
+from merge.header.model import Header, TensorSpec
+from merge.header.parse import MAX_HEADER_BYTES, parse_header, parse_length, sniff
 
 # The reference library's words for the dtypes of its `serialize`.
 REFERENCE_WORDS = {

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from merge.cli.main import main
-from merge.header import encode_header
+from merge.header.encode import encode_header
 from tests.isolation import run_isolated
 from tests.mini import contents, random_tensors, write_models, write_unet
 from tests.watching import CANARY, Watch

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from merge.header import encode_header
+from merge.header.encode import encode_header
 from merge.reader.checkpoint import read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from merge.family.stable_diffusion import SD1
-from merge.header import element_count
+from merge.header.dtypes import element_count
 from merge.lora.module import AdapterModule, AdapterTable
 from merge.lora.parse import parse_adapters
 from merge.lora.roles import is_lora

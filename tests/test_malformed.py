@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from merge.errors import CheckpointError, MergeError
-from merge.header import encode_header
+from merge.header.encode import encode_header
 from merge.reader.checkpoint import FileReader, read_checkpoint, read_header
 from tests import test_header, test_pickles, test_pickles_archive, test_pickles_attacks
 from tests.archives import checkpoint, mapping, program

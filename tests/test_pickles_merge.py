@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from merge import load_recipe, run_recipe
 from merge.errors import CheckpointError, SourceError, SourceNotFoundError
 from merge.family.keys.unet import LDM_UNET_PREFIX, unet_to_ldm
-from merge.header import parse_header
+from merge.header.parse import parse_header
 from merge.plan.build import build_plan
 from merge.plan.model import DIGEST_KEY
 from merge.records.describe import describe_path, render_description

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
-from merge.header import TensorSpec
+from merge.header.model import TensorSpec
 from merge.reader.checkpoint import (
     CheckpointFile,
     FileReader,

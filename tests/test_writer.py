@@ -30,7 +30,7 @@ from merge.errors import (
     OutputExistsError,
     SourceNotFoundError,
 )
-from merge.header import encode_header
+from merge.header.encode import encode_header
 from merge.reader.checkpoint import read_header
 from merge.writer.file import OutputFile
 from merge.writer.folder import MARKER, OutputFolder

@@ -18,7 +18,7 @@ from merge.engine.fused import FusedAdder, LowRank, load_library
 from merge.engine.terms import Factors, TermAdder
 from merge.engine.units import TensorState, Unit, cut_units
 from merge.errors import NonFiniteError
-from merge.header import DTYPE_BITS, DTYPE_WORDS
+from merge.header.dtypes import DTYPE_BITS, DTYPE_WORDS
 from merge.methods.table import METHODS
 from merge.plan.memory import PRODUCT_ELEMENTS, block_elements
 from merge.plan.model import ComponentPlan, MergePlan, TensorPlan, TensorRef

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from merge.header import DTYPE_BITS
+from merge.header.dtypes import DTYPE_BITS
 from merge.plan.model import TensorRef
 from merge.reader.checkpoint import FileReader
 

@@ -25,7 +25,8 @@ from merge.extract.deltas import DeltaReader
 from merge.extract.factor import check_target, factor_delta, residual, squared_norm
 from merge.extract.model import ExtractedLayer, ExtractResult, LeftOutDelta
 from merge.extract.names import FORMS, factor_names, module_name, reason_against
-from merge.header import DTYPE_CODES, encode_header
+from merge.header.dtypes import DTYPE_CODES
+from merge.header.encode import encode_header
 from merge.plan.build import build_plan
 from merge.plan.model import MergePlan, TensorPlan
 from merge.reader.checkpoint import FileReader

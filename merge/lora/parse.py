@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge.family.model import Family
-from merge.header import element_count
+from merge.header.dtypes import element_count
 from merge.lora.forms.model import Product
 from merge.lora.forms.table import bare, product_of
 from merge.lora.metadata import ComponentConfig, read_config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge.errors import CheckpointError
-from merge.header import TensorSpec
+from merge.header.model import TensorSpec
 from merge.lora.module import AdapterModule, AdapterTable
 from merge.lora.parse import parse_adapters
 from merge.plan.findings import Findings

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from merge.errors import PlanError
 from merge.family.model import Family
 from merge.family.modelspec import modelspec
-from merge.header import encode_header
+from merge.header.encode import encode_header
 from merge.methods.table import METHODS
 from merge.plan.compat import describe_roles, open_sources
 from merge.plan.copied import read_copied

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from merge.header import DTYPE_WORDS, TensorSpec
+from merge.header.dtypes import DTYPE_WORDS
+from merge.header.model import TensorSpec
 from merge.plan.model import PlanFile, TensorRef
 from merge.plan.opening import Opened, OpenedSources
 from merge.reader.checkpoint import Checkpoint

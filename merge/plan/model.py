@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from merge.family.model import Family
-from merge.header import Header, element_count, encode_header
+from merge.header.dtypes import element_count
+from merge.header.encode import encode_header
+from merge.header.model import Header
 from merge.reader.byte_reader import FileStamp
 from merge.recipe.schema import Recipe
 from merge.writer.copies.model import TensorCopy

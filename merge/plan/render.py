@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from merge.header import DTYPE_WORDS
+from merge.header.dtypes import DTYPE_WORDS
 from merge.methods.table import METHODS
 from merge.plan.model import BlockWeight, MergePlan, TensorPlan
 

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from merge.errors import CheckpointError
-from merge.header import DTYPE_CODES, DTYPE_WORDS, TensorSpec, element_count
+from merge.header.dtypes import DTYPE_CODES, DTYPE_WORDS, element_count
+from merge.header.model import TensorSpec
 from merge.methods.table import METHODS
 from merge.plan.adapters import Adapter, AdapterReader, Place
 from merge.plan.findings import Findings

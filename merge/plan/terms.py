@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge.family.model import GuidanceEmbedding
-from merge.header import DTYPE_WORDS, element_count
+from merge.header.dtypes import DTYPE_WORDS, element_count
 from merge.lora.module import AdapterModule
 from merge.plan.adapters import Adapter, Place
 from merge.plan.findings import Findings

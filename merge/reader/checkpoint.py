@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge.errors import CheckpointError, IntegrityError, SourceError, SourceNotFoundError
-from merge.header import LENGTH_BYTES, Header, TensorSpec, parse_header, parse_length
+from merge.header.model import LENGTH_BYTES, Header, TensorSpec
+from merge.header.parse import parse_header, parse_length
 from merge.reader.byte_reader import ByteReader, FileStamp, Opener
 from merge.reader.pickles.archive import MAGIC, PICKLE_SUFFIXES, check_crc32, read_archive
 from merge.reader.pickles.legacy import HEAD_BYTES, describe_foreign

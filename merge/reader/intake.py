@@ -14,7 +14,7 @@ from merge.errors import CheckpointError
 from merge.family.keys.average import AVERAGE_PREFIX, averaged_keys
 from merge.family.keys.single_file import is_single_file
 from merge.family.registry import main_keys
-from merge.header import TensorSpec
+from merge.header.model import TensorSpec
 from merge.lora.roles import is_lora
 from merge.reader.checkpoint import Checkpoint
 from merge.reader.kinds.prediction import Prediction, is_marker, stated_prediction

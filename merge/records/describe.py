@@ -10,7 +10,7 @@ from merge.errors import CheckpointError, SourceError, SourceNotFoundError
 from merge.family.keys.single_file import SplitFile, is_single_file, split_single_file
 from merge.family.model import Recognised
 from merge.family.registry import main_names, recognise
-from merge.header import DTYPE_WORDS
+from merge.header.dtypes import DTYPE_WORDS
 from merge.json_files import read_json
 from merge.lora.roles import is_lora
 from merge.plan.model import DIGEST_KEY

@@ -16,7 +16,7 @@ import torch
 
 from merge.family.model import Blocks
 from merge.family.registry import main_names, recognise
-from merge.header import TensorSpec
+from merge.header.model import TensorSpec
 from merge.reader.checkpoint import Checkpoint, FileReader, read_checkpoint
 from merge.sources.select import select_weights
 from merge.verify.model import BlockNorm

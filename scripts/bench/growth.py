@@ -32,7 +32,7 @@ import machine  # noqa: E402
 import numpy as np  # noqa: E402
 from sides import PREVIOUS, WEIGHTS, merge_stage  # noqa: E402
 
-from merge.header import encode_header  # noqa: E402
+from merge.header.encode import encode_header  # noqa: E402
 
 SIZES_GB = (0.1, 0.3, 1.0, 2.0, 3.0)
 SPARSE_SIZES_GB = (0.1, 1.0, 2.5, 5.0, 7.5, 10.0)

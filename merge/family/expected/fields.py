@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge.errors import CheckpointError
-from merge.header import MAX_DIMENSION
+from merge.header.parse import MAX_DIMENSION
 
 Shape = tuple[int, ...]
 Table = dict[str, Shape]

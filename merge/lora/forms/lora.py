@@ -5,7 +5,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; for convolutions the kohya convention.
 
 from __future__ import annotations
 
-from merge.header import element_count
+from merge.header.dtypes import element_count
 from merge.lora.forms.model import Array, Factors, Form, Product, Shape, Shapes, matrix
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge.header import element_count
+from merge.header.dtypes import element_count
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

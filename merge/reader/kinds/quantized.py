@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge.errors import CheckpointError
-from merge.header import DTYPE_WORDS, TensorSpec, element_count
+from merge.header.dtypes import DTYPE_WORDS, element_count
+from merge.header.model import TensorSpec
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALE_DTYPES = ("F32", "F16", "BF16")

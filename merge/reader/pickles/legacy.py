@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from merge.errors import CheckpointError
-from merge.header import LENGTH_BYTES, MAX_HEADER_BYTES, sniff
+from merge.header.model import LENGTH_BYTES
+from merge.header.parse import MAX_HEADER_BYTES, sniff
 
 HEAD_BYTES = 512
 # torch.save before 1.6 begins with a pickle of this number.

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge.errors import CheckpointError
-from merge.header import (
-    DTYPE_BITS,
-    MAX_DIMENSION,
-    MAX_ELEMENTS,
-    MAX_RANK,
-    TensorSpec,
-    check_name,
-    element_count,
-)
+from merge.header.dtypes import DTYPE_BITS, element_count
+from merge.header.model import TensorSpec
+from merge.header.parse import MAX_DIMENSION, MAX_ELEMENTS, MAX_RANK, check_name
 from merge.reader.byte_reader import ByteReader
 from merge.reader.pickles.archive import Record, check_crc32, read_archive
 from merge.reader.pickles.machine import MAX_PICKLE_BYTES, Unpickled, unpickle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge.header import DTYPE_CODES
+from merge.header.dtypes import DTYPE_CODES
 
 _SHOWN_CHARACTERS = 120
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge.header import DTYPE_BITS, element_count, tensor_bytes
+from merge.header.dtypes import DTYPE_BITS, element_count, tensor_bytes
 from merge.reader.byte_reader import FileStamp
 from merge.reader.checkpoint import Checkpoint
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from merge.background.file_digest import FileDigest
 from merge.errors import CheckpointError
-from merge.header import DTYPE_BITS, Header, encode_header
+from merge.header.dtypes import DTYPE_BITS
+from merge.header.encode import encode_header
+from merge.header.model import Header
 from merge.reader.checkpoint import FileReader
 from merge.writer.copies.model import Scale, TensorCopy, TensorPiece
 from merge.writer.copies.scaled import scale_values, to_float32

@@ -1,26 +1,16 @@
-"""The safetensors header: bytes in, a table of tensors out, and back.
-
-A file is an unsigned little-endian 64-bit length N, N bytes of JSON, then the tensors' bytes
-without a gap. `parse_header` accepts a subset of what the reference library accepts: everything
-ambiguous (a name twice, an unknown field, a hole, a shape that overflows) is refused by name.
-`encode_header` gives the bytes that the reference library writes for the same tensors, with the
-metadata sorted, since the library's own metadata order changes from run to run.
-
-Source: https://github.com/huggingface/safetensors, format section of the README, version 0.8.
-"""
+"""The bytes of a header to a table of tensors; everything ambiguous is refused by name."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from merge.errors import CheckpointError
+from merge.header.dtypes import DTYPE_BITS, element_count, tensor_bytes
+from merge.header.model import LENGTH_BYTES, Header, TensorSpec
 
-LENGTH_BYTES = 8
-ALIGNMENT_BYTES = 8
 # The reference library reads headers of up to 100 MB. Published models stay under a few hundred
 # kilobytes, so a much smaller cap bounds what a lying length can make us allocate.
 MAX_HEADER_BYTES = 32 * 1024 * 1024
@@ -30,58 +20,6 @@ MAX_DIMENSION = 2**48
 MAX_ELEMENTS = 2**63
 # Unicode's category Cc.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-# Names in the reference library's order, narrow to wide: files are laid out from the end of this
-# list to its start. Bits per element.
-DTYPE_BITS: dict[str, int] = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-_DTYPE_RANK = {name: rank for rank, name in enumerate(DTYPE_BITS)}
-
-# The words of recipes, plans and reports for a header's dtype.
-DTYPE_WORDS: dict[str, str] = {
-    "BOOL": "bool",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
-DTYPE_CODES: dict[str, str] = {word: code for code, word in DTYPE_WORDS.items()}
 
 # First bytes of files that people rename to .safetensors, and what to call them.
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
@@ -98,67 +36,6 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b'{"', "bare JSON without the length in front"),
     (b"\x89PNG", "a PNG picture"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor of a file.
-
-    Attributes:
-        name: Key in the state dict.
-        dtype: Header code such as `F16`.
-        shape: Dimensions, e.g. `(out, in, kh, kw)`; `()` for a scalar.
-        start: First byte, counted from the start of the file.
-        size_bytes: Length of its data.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size_bytes: int
-
-    @property
-    def element_count(self) -> int:
-        """Return the number of elements; 1 for a scalar."""
-        return element_count(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """A parsed header.
-
-    Attributes:
-        tensors: In file order.
-        metadata: The `__metadata__` strings, empty when there are none.
-        data_start: Offset of the first tensor byte in the file.
-        file_bytes: Size of the whole file.
-    """
-
-    tensors: tuple[TensorSpec, ...]
-    metadata: Mapping[str, str]
-    data_start: int
-    file_bytes: int
-
-
-def element_count(shape: Sequence[int]) -> int:
-    """Return the product of `shape`; 1 for `()`."""
-    count = 1
-    for dimension in shape:
-        count *= dimension
-    return count
-
-
-def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Return the bytes a tensor takes.
-
-    Raises:
-        CheckpointError: the elements do not fill whole bytes.
-    """
-    bits = element_count(shape) * DTYPE_BITS[dtype]
-    if bits % 8:
-        raise CheckpointError(f"shape {list(shape)} of {dtype} does not fill whole bytes")
-    return bits // 8
 
 
 def sniff(head: bytes) -> str:
@@ -222,54 +99,6 @@ def parse_header(data: bytes, file_bytes: int) -> Header:
     tensors.sort(key=lambda spec: (spec.start, spec.start + spec.size_bytes))
     _check_contiguous(tensors, data_start, file_bytes)
     return Header(tuple(tensors), metadata, data_start, file_bytes)
-
-
-def file_order(tensors: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Sort `(name, dtype)` pairs as the reference library lays files out.
-
-    Wide dtypes come first, so that every tensor is aligned to its element size; names break ties
-    in the byte order of their UTF-8 form.
-    """
-    return sorted(tensors, key=lambda item: (-_DTYPE_RANK[item[1]], item[0].encode()))
-
-
-def encode_header(
-    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
-) -> tuple[bytes, Header]:
-    """Lay a file out and return its first bytes.
-
-    Args:
-        tensors: Name to `(dtype code, shape)`, in any order.
-        metadata: Strings for `__metadata__`; written sorted by key, left out when empty.
-
-    Returns:
-        The length and the padded JSON, and the parsed form of the same header.
-    """
-    tree: dict[str, Any] = {}
-    if metadata:
-        tree["__metadata__"] = dict(sorted(metadata.items()))
-    order = file_order((name, dtype) for name, (dtype, _) in tensors.items())
-    offset = 0
-    layout: list[tuple[str, str, tuple[int, ...], int, int]] = []
-    for name, dtype in order:
-        shape = tuple(tensors[name][1])
-        size = tensor_bytes(dtype, shape)
-        tree[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        layout.append((name, dtype, shape, offset, size))
-        offset += size
-    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES)
-    start = LENGTH_BYTES + len(text)
-    specs = tuple(
-        TensorSpec(name, dtype, shape, start + begin, size)
-        for name, dtype, shape, begin, size in layout
-    )
-    header = Header(specs, dict(sorted(metadata.items())), start, start + offset)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, header
 
 
 def _load_json(data: bytes) -> dict[str, Any]:
