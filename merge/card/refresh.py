@@ -6,8 +6,7 @@ from pathlib import Path
 
 from merge.card.facts import read_facts
 from merge.card.metadata import CardLicence
-from merge.card.render import CARD_MARKER, CARD_NAME, render_card
-from merge.card.use import PLACEHOLDER
+from merge.card.render import CARD_MARKER, CARD_NAME, PLACEHOLDER, render_card
 from merge.disclosure.licences import decide_licence
 from merge.writer.file import write_atomically
 
