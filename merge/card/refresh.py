@@ -24,9 +24,7 @@ def draft_card(folder: Path) -> str:
     licence = decision.licence
     if licence is None or decision.blocked:
         return render_card(folder)
-    return render_card(
-        folder, licence=CardLicence(licence.id, licence.name, licence.link, decision.notes)
-    )
+    return render_card(folder, licence=CardLicence.of(licence, decision.notes))
 
 
 def refresh_card(folder: Path) -> None:

@@ -153,7 +153,7 @@ def _licence_link(licence: CardLicence) -> str:
     # A plain id needs no escaping, and reads badly with it.
     name = licence.name or licence.id
     name = name if _PLAIN_ID.fullmatch(name) else prose(name)
-    link = one_line(licence.link or "", 2000)
+    link = one_line(licence.link, 2000)
     # A link's text is harmless; what it leads to has to be a page.
     is_page = link.startswith("https://") and not set(link) & set("<>()[]\"'`\\ |")
     return f"[{name}]({link})" if is_page else name
