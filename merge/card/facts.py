@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from merge.card.fields import Fields
 from merge.errors import CheckpointError, SourceNotFoundError
@@ -48,14 +47,16 @@ class CheckFacts:
 
     Attributes:
         name: As in the report.
-        values: What was measured, each with its limit.
+        values: What was measured.
+        limits: Of the values, in their order.
         rule: `at least` or `at most`.
         failed: How many did not pass.
         only_warns: True where that is no failure of the model.
     """
 
     name: str
-    values: tuple[tuple[float, float], ...]
+    values: tuple[float, ...]
+    limits: tuple[float, ...]
     rule: str
     failed: int
     only_warns: bool
@@ -69,46 +70,13 @@ class EditFacts:
         instruction: As it was given.
         source: File in the folder.
         merged: File in the folder.
-        steps: num_inference_steps.
-        timesteps: Explicit ones; empty for the scheduler's own.
-        guidance_scale: Of the instruction.
-        image_guidance_scale: Of the picture.
-        resolution: Short side in pixels.
-        seed: Of the noise.
+        settings: In words.
     """
 
     instruction: str
     source: str
     merged: str
-    steps: int
-    timesteps: tuple[int, ...]
-    guidance_scale: float
-    image_guidance_scale: float
-    resolution: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFacts:
-    """What a verification found.
-
-    Attributes:
-        passed: No check failed that fails the model.
-        verdict: What was proven, in one line; empty in reports that do not say it.
-        not_judged: What was not, likewise.
-        warnings: What looks wrong all the same.
-        checks: By kind.
-        edits: With pictures.
-        notes: What was left out, and why.
-    """
-
-    passed: bool
-    verdict: str
-    not_judged: str
-    warnings: tuple[str, ...]
-    checks: tuple[CheckFacts, ...]
-    edits: tuple[EditFacts, ...]
-    notes: tuple[str, ...]
+    settings: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +94,8 @@ class CardFacts:
         has_folder_weights: False where only the single file goes along with the configs.
         has_main_config: The config of the main component is there.
         report: None when nothing was verified.
+        checks: Of the report, by kind.
+        edits: Of the report, with pictures.
     """
 
     manifest: Fields
@@ -137,13 +107,9 @@ class CardFacts:
     is_pipeline: bool
     has_folder_weights: bool
     has_main_config: bool
-    report: ReportFacts | None
-
-    @property
-    def weight_files(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return name to `size` and `sha256` of the files that hold tensors, sorted by name."""
-        files = self.manifest.tree["files"]
-        return {name: files[name] for name in sorted(files) if name.endswith(".safetensors")}
+    report: Fields | None
+    checks: tuple[CheckFacts, ...]
+    edits: tuple[EditFacts, ...]
 
 
 def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
@@ -172,22 +138,21 @@ def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
     family = family_named(architecture)
     if family is None:
         raise CheckpointError(f"{MANIFEST_NAME}: there is no architecture {architecture!r}")
-    singles = [
-        name
-        for name in sorted(manifest.tree["files"])
-        if _SINGLE_FILE.fullmatch(name) and goes_along(name)
-    ]
+    singles = filter(_SINGLE_FILE.fullmatch, sorted(manifest.tree["files"]))
+    report = _read_report(records, manifest)
     return CardFacts(
         manifest=manifest,
         recipe=recipe,
         family=family,
         parents=_parents(manifest.table("inputs"), recipe),
         scheduler=recipe.table("scheduler").text("class_name", "LCMScheduler"),
-        single_file=singles[0] if singles else "",
+        single_file=next(filter(goes_along, singles), ""),
         is_pipeline=goes_along("model_index.json"),
         has_folder_weights=goes_along(family.main.file_name),
         has_main_config=goes_along(family.main.config_name),
-        report=_read_report(records, manifest),
+        report=report,
+        checks=_checks(report.tables("checks")) if report else (),
+        edits=_edits(folder, report.tables("edits")) if report else (),
     )
 
 
@@ -211,28 +176,20 @@ def _parent(role: str, record: Fields, weight: float | None) -> Parent:
     return Parent(role, repo, commit, weight)
 
 
-def _read_report(records: OutputRecords, manifest: Fields) -> ReportFacts | None:
-    folder, tree = records.folder, records.report
+def _read_report(records: OutputRecords, manifest: Fields) -> Fields | None:
+    """Return the report, or None where there is none; that of another model is refused."""
+    tree = records.report
     if tree is None:
         return None
     report = Fields(tree, REPORT_NAME)
     digest = report.table("summary").text("recipe_digest", "")
     if digest and digest != manifest.text("recipe_digest", digest):
         raise CheckpointError(
-            f"{folder / REPORT_NAME} is the report of another model: "
+            f"{records.folder / REPORT_NAME} is the report of another model: "
             f"it has recipe digest {digest[:64]}",
             hint="verify the folder again",
         )
-    edits = (_edit(folder, edit) for edit in report.tables("edits"))
-    return ReportFacts(
-        passed=report.flag("passed"),
-        verdict=report.text("verdict", ""),
-        not_judged=report.text("not_judged", ""),
-        warnings=report.texts("warnings"),
-        checks=_checks(report.tables("checks")),
-        edits=tuple(edit for edit in edits if edit is not None),
-        notes=report.texts("notes"),
-    )
+    return report
 
 
 def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
@@ -242,7 +199,8 @@ def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
     return tuple(
         CheckFacts(
             name,
-            tuple((check.measure("value"), check.measure("limit")) for check in kind),
+            tuple(check.measure("value") for check in kind),
+            tuple(check.measure("limit") for check in kind),
             kind[0].text("rule", ""),
             sum(not check.flag("passed") for check in kind),
             kind[0].text("severity", "") == "warned",
@@ -251,23 +209,27 @@ def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
     )
 
 
-def _edit(folder: Path, edit: Fields) -> EditFacts | None:
-    found = {}
-    for name in edit.texts("files"):
-        match = _PICTURE.fullmatch(name)
-        if match and (folder / name).is_file():
-            found[match[1]] = name
-    if len(found) < 2:
-        return None
+def _edits(folder: Path, edits: tuple[Fields, ...]) -> tuple[EditFacts, ...]:
+    """Return the edits both of whose pictures are there."""
+    shown = []
+    for edit in edits:
+        found = {}
+        for name in edit.texts("files"):
+            match = _PICTURE.fullmatch(name)
+            if match and (folder / name).is_file():
+                found[match[1]] = name
+        if len(found) == 2:
+            instruction, settings = edit.text("instruction"), _settings(edit)
+            shown.append(EditFacts(instruction, found["source"], found["merged"], settings))
+    return tuple(shown)
+
+
+def _settings(edit: Fields) -> str:
     settings = edit.table("settings")
-    return EditFacts(
-        instruction=edit.text("instruction"),
-        source=found["source"],
-        merged=found["merged"],
-        steps=settings.count("steps"),
-        timesteps=settings.counts("timesteps"),
-        guidance_scale=settings.number("guidance_scale"),
-        image_guidance_scale=settings.number("image_guidance_scale"),
-        resolution=settings.count("resolution"),
-        seed=edit.count("seed"),
+    timesteps = settings.counts("timesteps")
+    at = f" at {' '.join(map(str, timesteps))}" if timesteps else ""
+    return (
+        f"{settings.count('steps')} steps{at}, guidance {settings.number('guidance_scale'):g}, "
+        f"image guidance {settings.number('image_guidance_scale'):g}, "
+        f"{settings.count('resolution')} px, seed {edit.count('seed')}"
     )

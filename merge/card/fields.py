@@ -47,10 +47,7 @@ class Fields:
 
     def number(self, key: str, default: Any = _MISSING) -> float:
         """Return a finite number."""
-        value = self._get(key, default, (int, float), "a number")
-        if isinstance(value, bool) or not -_MAX_NUMBER <= value <= _MAX_NUMBER:
-            raise self._wrong(key, "a number")
-        return float(value)
+        return float(self._bounded(key, default, (int, float), "a number"))
 
     def measure(self, key: str) -> float:
         """Return a number that a failed check may have left missing or not finite."""
@@ -61,10 +58,7 @@ class Fields:
 
     def count(self, key: str, default: Any = _MISSING) -> int:
         """Return a whole number."""
-        value = self._get(key, default, int, "a whole number")
-        if isinstance(value, bool) or not -_MAX_NUMBER <= value <= _MAX_NUMBER:
-            raise self._wrong(key, "a whole number")
-        return int(value)
+        return int(self._bounded(key, default, int, "a whole number"))
 
     def table(self, key: str) -> Fields:
         """Return a table; an empty one when it is missing."""
@@ -94,6 +88,12 @@ class Fields:
     def numbers(self) -> dict[str, float]:
         """Return all of the table: names to numbers."""
         return {str(key): self.number(key) for key in self.tree}
+
+    def _bounded(self, key: str, default: Any, kind: Any, name: str) -> Any:
+        value = self._get(key, default, kind, name)
+        if isinstance(value, bool) or not -_MAX_NUMBER <= value <= _MAX_NUMBER:
+            raise self._wrong(key, name)
+        return value
 
     def _get(self, key: str, default: Any, kind: Any, name: str) -> Any:
         value = self.tree.get(key)

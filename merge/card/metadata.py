@@ -9,26 +9,26 @@ import yaml
 
 from merge.card.escape import one_line
 from merge.card.facts import CardFacts
+from merge.disclosure.licences import Licence
 
 _SCHEDULER_TAGS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
 
 
 @dataclass(frozen=True, slots=True)
-class CardLicence:
-    """The licence of a merged model.
+class CardLicence(Licence):
+    """The licence of a merged model, and what is to be said of it.
 
     Attributes:
-        id: As the Hub has it, e.g. `creativeml-openrail-m` or `other`.
-        name: Of a licence that is `other`.
-        link: To the text of a licence that is `other`.
         notes: Sentences for people. One that begins with the Hub id of a parent and a colon also
             stands beside that parent.
     """
 
-    id: str
-    name: str | None = None
-    link: str | None = None
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, licence: Licence, notes: tuple[str, ...]) -> CardLicence:
+        """Return a licence with its notes."""
+        return cls(licence.id, licence.name, licence.link, notes)
 
 
 def front_matter(facts: CardFacts, licence: CardLicence | None) -> str:

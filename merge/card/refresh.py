@@ -6,8 +6,7 @@ from pathlib import Path
 
 from merge.card.facts import read_facts
 from merge.card.metadata import CardLicence
-from merge.card.render import CARD_MARKER, CARD_NAME, render_card
-from merge.card.use import PLACEHOLDER
+from merge.card.render import CARD_MARKER, CARD_NAME, PLACEHOLDER, render_card
 from merge.disclosure.licences import decide_licence
 from merge.writer.file import write_atomically
 
@@ -25,9 +24,7 @@ def draft_card(folder: Path) -> str:
     licence = decision.licence
     if licence is None or decision.blocked:
         return render_card(folder)
-    return render_card(
-        folder, licence=CardLicence(licence.id, licence.name, licence.link, decision.notes)
-    )
+    return render_card(folder, licence=CardLicence.of(licence, decision.notes))
 
 
 def refresh_card(folder: Path) -> None:

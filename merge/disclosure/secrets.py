@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,11 @@ _TOKENS = {
     "authorization header": r"(?i:bearer) [A-Za-z0-9._~+/=-]{20,}",
     "password in a URL": r"://[^\s/:@'\"]{1,100}:[^\s/:@'\"]{1,100}@",
 }
-_HOMES = {
-    "home folder": (
-        r"(?<![\w.])/(?:home|Users)/[A-Za-z0-9._-]+"
-        r"|(?<![\w.])/root(?=/)"
-        r"|[A-Za-z]:\\{1,2}Users\\{1,2}[A-Za-z0-9._ -]+"
-    ),
-}
+_HOME = (
+    r"(?<![\w.])/(?:home|Users)/[A-Za-z0-9._-]+"
+    r"|(?<![\w.])/root(?=/)"
+    r"|[A-Za-z]:\\{1,2}Users\\{1,2}[A-Za-z0-9._ -]+"
+)
 _TOKEN_PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in _TOKENS.values()))
 _MIN_KNOWN = 8
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -55,17 +53,16 @@ def find_secrets(text: str, known: Collection[str] = ()) -> list[Finding]:
         text: Of any size.
         known: Tokens that are to be found whatever they look like; see `known_tokens`.
     """
-    found = [*_find(text, {**_TOKENS, **_HOMES}), *_find_known(text, known)]
-    home = str(Path.home())
-    if len(home) > 1:
-        found += _find(text, {"home folder": rf"(?<![\w.]){re.escape(home)}(?![\w.-])"})
-    return sorted(set(found), key=lambda finding: (finding.line, finding.kind))
+    homes = _HOME
+    own = str(Path.home())
+    if len(own) > 1:
+        homes += rf"|(?<![\w.]){re.escape(own)}(?![\w.-])"
+    return _find(text, {**_TOKENS, "home folder": homes}, known)
 
 
 def find_tokens(text: str, known: Collection[str] = ()) -> list[Finding]:
     """Return the tokens in a text, by line; home folders are none."""
-    found = {*_find(text, _TOKENS), *_find_known(text, known)}
-    return sorted(found, key=lambda finding: (finding.line, finding.kind))
+    return _find(text, _TOKENS, known)
 
 
 def redact(text: str, known: Collection[str] = ()) -> str:
@@ -96,17 +93,19 @@ def known_tokens() -> tuple[str, ...]:
     return tuple(sorted(value for value in values if len(value) >= _MIN_KNOWN))
 
 
-def _find(text: str, patterns: dict[str, str]) -> Iterator[Finding]:
-    for kind, pattern in patterns.items():
-        for match in re.finditer(pattern, text):
-            yield Finding(kind, text.count("\n", 0, match.start()) + 1)
-
-
-def _find_known(text: str, known: Collection[str]) -> Iterator[Finding]:
-    for value in known:
-        start = text.find(value) if len(value) >= _MIN_KNOWN else -1
-        if start >= 0:
-            yield Finding("access token", text.count("\n", 0, start) + 1)
+def _find(text: str, patterns: Mapping[str, str], known: Collection[str]) -> list[Finding]:
+    places = [
+        (kind, match.start())
+        for kind, pattern in patterns.items()
+        for match in re.finditer(pattern, text)
+    ]
+    places += [
+        ("access token", text.index(value))
+        for value in known
+        if len(value) >= _MIN_KNOWN and value in text
+    ]
+    found = {Finding(kind, text.count("\n", 0, start) + 1) for kind, start in places}
+    return sorted(found, key=lambda finding: (finding.line, finding.kind))
 
 
 def _mask(match: re.Match[str]) -> str:

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -14,13 +15,7 @@ import torch
 
 from merge.engine.buffers import TORCH_DTYPES
 from merge.engine.device import choose_device, device_errors
-from merge.errors import (
-    EngineError,
-    NonFiniteError,
-    OutputError,
-    PlanError,
-    RecipeError,
-)
+from merge.errors import EngineError, NonFiniteError, OutputError, PlanError, RecipeError
 from merge.extract.deltas import DeltaReader
 from merge.extract.factor import check_target, factor_delta, residual, squared_norm
 from merge.extract.model import ExtractedLayer, ExtractResult, LeftOutDelta
@@ -114,7 +109,7 @@ def extract_lora(
     where = choose_device(device)
     try:
         with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
-            job = _Extraction(plan, form, dtype, spool, rank, energy, max_rank)
+            job = _Extraction(plan, form, DTYPE_CODES[dtype], spool, rank, energy, max_rank)
             with _single_threaded(), device_errors(where):
                 job.run(where, on_progress)
             size = job.write(output.partial, recipe.name)
@@ -134,47 +129,45 @@ def extract_lora(
     )
 
 
+@dataclass(slots=True)
 class _Extraction:
     """Factors in a nameless file until all ranks, and so the header, are known."""
 
-    def __init__(
-        self,
-        plan: MergePlan,
-        form: str,
-        dtype: str,
-        spool: IO[bytes],
-        rank: int | None,
-        energy: float | None,
-        max_rank: int,
-    ) -> None:
-        self._plan = plan
-        self._form = form
-        self._code = DTYPE_CODES[dtype]
-        self._spool = spool
-        self._rank = rank
-        self._energy = energy
-        # The same for every module, with the rest of the scale in the factors: diffusers 0.42
-        # loses the alphas of attention layers as soon as two modules differ.
-        # Small where the ranks are not known, since factors that shrink lose bits in float16.
-        self._alpha = float(rank or 1)
-        self._max_rank = max_rank
-        self._spooled: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self.layers: list[ExtractedLayer] = []
-        self.left_out: list[LeftOutDelta] = []
-        self.unchanged: list[str] = []
+    plan: MergePlan
+    form: str
+    code: str
+    spool: IO[bytes]
+    rank: int | None
+    energy: float | None
+    max_rank: int
+    # Name to offset and shape.
+    spooled: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    layers: list[ExtractedLayer] = field(default_factory=list)
+    left_out: list[LeftOutDelta] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+
+    @property
+    def alpha(self) -> float:
+        """Return the alpha of every module.
+
+        The same for all, with the rest of the scale in the factors: diffusers 0.42 loses the
+        alphas of attention layers as soon as two modules differ. Small where the ranks are not
+        known, since factors that shrink lose bits in float16.
+        """
+        return float(self.rank or 1)
 
     def run(self, device: torch.device, on_progress: Progress | None) -> None:
         """Factor every delta of the plan."""
-        rows = [tensor for tensor in self._plan.tensors if tensor.is_merged]
+        rows = [tensor for tensor in self.plan.tensors if tensor.is_merged]
         with ExitStack() as stack:
-            readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in self._plan.files]
-            deltas = DeltaReader(self._plan, readers, device)
+            readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in self.plan.files]
+            deltas = DeltaReader(self.plan, readers, device)
             for done, tensor in enumerate(rows, 1):
                 with torch.inference_mode():
                     self._extract(tensor, deltas.read(tensor))
                 if on_progress is not None:
                     on_progress("extract", done, len(rows))
-            for reader, file in zip(readers, self._plan.files, strict=True):
+            for reader, file in zip(readers, self.plan.files, strict=True):
                 reader.check_unchanged(file.stamp)
         if not self.layers:
             raise EngineError(
@@ -184,8 +177,8 @@ class _Extraction:
 
     def write(self, path: Path, recipe_name: str) -> int:
         """Write the file from the spooled factors; return its size."""
-        specs = {name: (self._code, shape) for name, (_, shape) in self._spooled.items()}
-        target = f"rank {self._rank}" if self._energy is None else f"energy {self._energy}"
+        specs = {name: (self.code, shape) for name, (_, shape) in self.spooled.items()}
+        target = f"rank {self.rank}" if self.energy is None else f"energy {self.energy}"
         metadata = {
             "format": "pt",
             "instruct_merge.extracted_from": recipe_name,
@@ -194,19 +187,20 @@ class _Extraction:
         head, header = encode_header(specs, metadata)
         with TensorFileWriter(path, header.file_bytes) as writer:
             for spec in header.tensors:
-                self._spool.seek(self._spooled[spec.name][0])
-                writer.write(memoryview(self._spool.read(spec.size_bytes)), spec.start)
+                self.spool.seek(self.spooled[spec.name][0])
+                writer.write(memoryview(self.spool.read(spec.size_bytes)), spec.start)
             writer.finish(head)
         return header.file_bytes
 
     def _extract(self, tensor: TensorPlan, delta: torch.Tensor) -> None:
-        squared = squared_norm(delta.view(len(delta), -1))
+        matrix = delta.view(len(delta), -1)
+        squared = squared_norm(matrix)
         if not math.isfinite(squared):
             raise NonFiniteError(
                 f"{tensor.key}: its delta has values that are NaN or infinite",
                 hint="the base or the distilled model is damaged; use another one",
             )
-        reason = reason_against(tensor, self._plan.family)
+        reason = reason_against(tensor, self.plan.family)
         if reason:
             self.left_out.append(LeftOutDelta(tensor.key, tensor.component, reason, squared))
             return
@@ -214,17 +208,17 @@ class _Extraction:
             self.unchanged.append(tensor.key)
             return
         found = factor_delta(
-            delta,
-            rank=self._rank,
-            energy=self._energy,
-            max_rank=self._max_rank,
+            matrix,
+            rank=self.rank,
+            energy=self.energy,
+            max_rank=self.max_rank,
             # A seed of its own, so that a layer does not depend on the others.
             seed=int.from_bytes(hashlib.sha256(tensor.key.encode()).digest()[:7], "little"),
         )
-        stored_in = TORCH_DTYPES[self._code]
-        scale = self._alpha / found.rank if self._form == "kohya" else 1.0
+        stored_in = TORCH_DTYPES[self.code]
+        scale = self.alpha / found.rank if self.form == "kohya" else 1.0
         up, down = ((factor / math.sqrt(scale)).to(stored_in) for factor in (found.up, found.down))
-        lost = residual(delta.view(len(delta), -1), up.float(), down.float(), scale)
+        lost = residual(matrix, up.float(), down.float(), scale)
         if not math.isfinite(lost):
             raise NonFiniteError(
                 f"{tensor.key}: its factors are too large for {stored_in}",
@@ -246,22 +240,22 @@ class _Extraction:
 
     def _store(self, tensor: TensorPlan, up: torch.Tensor, down: torch.Tensor) -> None:
         """Put the factors of a layer into the spool, convolutions with their kernel below."""
-        module = module_name(tensor, self._form, self._plan.family)
-        names = factor_names(module, self._form)
+        module = module_name(tensor, self.form, self.plan.family)
+        names = factor_names(module, self.form)
         rank = up.shape[1]
         inner = tensor.target.shape[1:]
         ones = (1,) * len(inner[1:])
         values: Mapping[str, torch.Tensor] = {
             "down": down.reshape(rank, *inner),
             "up": up.reshape(len(up), rank, *ones),
-            "alpha": torch.tensor(self._alpha, dtype=up.dtype),
+            "alpha": torch.tensor(self.alpha, dtype=up.dtype),
         }
         for role, name in names.items():
-            if name in self._spooled:
+            if name in self.spooled:
                 raise PlanError(f"two weights have the same module name {module}", [tensor.key])
             data = values[role].contiguous().cpu()
-            self._spooled[name] = (self._spool.seek(0, 2), tuple(data.shape))
-            self._spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            self.spooled[name] = (self.spool.seek(0, 2), tuple(data.shape))
+            self.spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

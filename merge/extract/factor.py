@@ -29,16 +29,14 @@ class Factors:
     Attributes:
         up: `(out, rank)`, float32.
         down: `(rank, columns)`, float32.
-        relative_error: `||delta - up @ down|| / ||delta||`, Frobenius.
         energy: Squared singular values that are kept, over the squared norm of the delta.
         is_capped: True when the energy that was asked for needs a higher rank than allowed.
     """
 
     up: torch.Tensor
     down: torch.Tensor
-    relative_error: float
     energy: float
-    is_capped: bool = False
+    is_capped: bool
 
     @property
     def rank(self) -> int:
@@ -97,8 +95,7 @@ def factor_delta(
     if is_tall:
         up, down = down.T.contiguous(), up.T.contiguous()
     kept = min(1.0, float(squares[:wanted].sum()) / total)
-    error = math.sqrt(residual(matrix, up, down) / total)
-    return Factors(up, down, error, kept, is_capped)
+    return Factors(up, down, kept, is_capped)
 
 
 def check_target(rank: int | None, energy: float | None, max_rank: int | None = None) -> None:

@@ -91,7 +91,7 @@ class ExtractResult:
     layers: tuple[ExtractedLayer, ...]
     left_out: tuple[LeftOutDelta, ...]
     unchanged: tuple[str, ...]
-    block_names: tuple[str, ...] = ()
+    block_names: tuple[str, ...]
 
     @property
     def blocks(self) -> tuple[BlockError, ...]:
@@ -108,17 +108,21 @@ class ExtractResult:
         return _summary("total", self.layers)
 
     @property
+    def squared_norm(self) -> float:
+        """Return that of the whole delta, what is left out included."""
+        missing = sum(item.squared_norm for item in self.left_out)
+        return missing + sum(layer.squared_norm for layer in self.layers)
+
+    @property
     def total_error(self) -> float:
         """Return the relative error of the whole delta, what is left out included."""
         missing = sum(item.squared_norm for item in self.left_out)
-        whole = missing + sum(layer.squared_norm for layer in self.layers)
         lost = missing + sum(_lost(layer) for layer in self.layers)
-        return math.sqrt(lost / whole)
+        return math.sqrt(lost / self.squared_norm)
 
     def share(self, item: LeftOutDelta | ExtractedLayer) -> float:
         """Return a tensor's part of the squared norm of the whole delta."""
-        whole = sum(layer.squared_norm for layer in self.layers)
-        return item.squared_norm / (whole + sum(other.squared_norm for other in self.left_out))
+        return item.squared_norm / self.squared_norm
 
 
 def _lost(layer: ExtractedLayer) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,14 @@ def stated_licence(folder: Path) -> str | None:
     except Exception:
         # Said when the card is completed.
         return None
-    licence = data.get("license_name" if data.get("license") == "other" else "license")
+    return licence_of(data)
+
+
+def licence_of(front_matter: Mapping[str, Any]) -> str | None:
+    """Return the licence that the front matter of a card states."""
+    licence = front_matter.get("license")
+    if licence == "other":
+        licence = front_matter.get("license_name")
     return licence if isinstance(licence, str) else None
 
 

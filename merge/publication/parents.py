@@ -8,6 +8,7 @@ from typing import Any
 
 from merge.disclosure.licences import Licence, decide_licence, is_stricter, parse_licence
 from merge.errors import MergeError, PublishError
+from merge.publication.card import licence_of
 from merge.sources.hub_errors import hub_errors
 
 
@@ -45,14 +46,13 @@ def decide(
         hint = "https://huggingface.co/docs/hub/repositories-licenses lists them"
         raise PublishError(f"--license: {error}", hint=hint) from error
     roles = manifest.get("inputs", {})
-    inputs = roles.values()
     parents = [
         (str(model.get("repo") or model.get("name")), model.get("repo"), (local or {}).get(role))
         for role, model in roles.items()
     ]
     decision = decide_licence(parents)
     if decision.unknown and not decision.blocked:
-        commits = {model.get("repo"): model.get("commit") for model in inputs}
+        commits = {model.get("repo"): model.get("commit") for model in roles.values()}
         asked = [
             (label, repo, _ask(repo, commits[repo]) if repo and label in decision.unknown else own)
             for label, repo, own in parents
@@ -90,7 +90,4 @@ def _ask(repo: str, commit: str | None) -> str | None:
             card = HfApi().model_info(repo, revision=commit).card_data
     except MergeError:
         return None
-    licence = getattr(card, "license", None)
-    if licence == "other":
-        licence = getattr(card, "license_name", None)
-    return licence if isinstance(licence, str) else None
+    return licence_of(vars(card)) if card is not None else None

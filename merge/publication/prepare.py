@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merge.card.facts import HUB_ID
 from merge.card.metadata import CardLicence
 from merge.card.render import CARD_NAME
 from merge.errors import CheckpointError, PublishError, VerificationError
@@ -29,7 +29,6 @@ from merge.sources.store import is_inside
 from merge.verify.files import verify_files
 
 _LOG = logging.getLogger(__name__)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Beside the reproducible set.
 _RECORDS = (
     *(MANIFEST_NAME, PROVENANCE_NAME, RUN_NAME, REPORT_NAME, PAGE_NAME, CARD_NAME),
@@ -67,9 +66,7 @@ def prepare(
     names = _choose(folder, manifest, only)
     local = records.run_table("licences", str)
     decision = decide(manifest, license or stated_licence(folder), local)
-    licence = CardLicence(
-        decision.licence.id, decision.licence.name, decision.licence.link, decision.notes
-    )
+    licence = CardLicence.of(decision.licence, decision.notes)
     card = final_card(folder, repo_id, licence, frozenset(names))
     findings = scan(folder, names, card)
     if findings:
@@ -98,10 +95,11 @@ def _check_folder(
 ) -> Mapping[str, Any]:
     """Return the manifest of a folder that was verified, passed and is unchanged since."""
     folder = records.folder
+    takes = "publish takes an output of `run`"
     if not folder.is_dir():
-        raise PublishError(f"there is no folder {folder}", hint="publish takes an output of `run`")
+        raise PublishError(f"there is no folder {folder}", hint=takes)
     if missing := records.missing:
-        raise PublishError(f"{folder} has no {missing}", hint="publish takes an output of `run`")
+        raise PublishError(f"{folder} has no {missing}", hint=takes)
     manifest = records.manifest or {}
     for name in manifest["files"]:
         if not is_inside(name) or name.startswith("/"):
@@ -194,5 +192,10 @@ def _left_behind(folder: Path, names: list[str], manifest: Mapping[str, Any]) ->
     extra = sorted(found - known)
     if not extra:
         return ()
-    shown = ", ".join(extra[:_SHOWN]) + (" ..." if len(extra) > _SHOWN else "")
+    shown = listed(extra, _SHOWN)
     return (f"Not uploaded, since no run or verification wrote it: {shown}.",)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first names in one line, and whether there are more."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")

@@ -13,7 +13,7 @@ from merge._version import __version__
 from merge.card.render import CARD_NAME
 from merge.errors import MergeError, PublishError
 from merge.publication.model import Prepared, Published
-from merge.publication.prepare import prepare
+from merge.publication.prepare import listed, prepare
 from merge.writer.file import write_atomically
 
 if TYPE_CHECKING:
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _TOKEN_HINT = "a token that may write comes from HF_TOKEN or `hf auth login`"
+_NO_ACCESS = ("this account may not write to {repo}: {said}", _TOKEN_HINT)
+# HTTP status to what it means, and what to do about it.
+_REFUSALS = {
+    401: _NO_ACCESS,
+    403: _NO_ACCESS,
+    409: ("{repo} is being changed by somebody else: {said}", "publish again later"),
+    412: (
+        "{repo} changed while it was published: {said}",
+        "look at what the other commit did, then publish again",
+    ),
+    429: ("the Hub asks for a pause: {said}", "publish again later"),
+}
+_REFUSED = (
+    "the Hub refused {repo} ({status}): {said}",
+    "publish again later; what arrived already is not sent twice",
+)
 
 
 def publish(
@@ -48,27 +64,15 @@ def publish(
         on_bytes: As for `prepare`.
 
     Raises:
-        PublishError: the export must not be published as it is, or the Hub refuses it.
+        PublishError: the export must not be published as it is, the Hub refuses it, its branch
+            moved meanwhile, or what arrived is not what was sent.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         raise PublishError("HF_HUB_OFFLINE forbids to publish", hint="unset it, or add --dry-run")
     prepared = prepare(folder, repo_id, license=license, only=only, on_bytes=on_bytes)
-    return upload(prepared, public=public, create_pr=create_pr)
-
-
-def upload(prepared: Prepared, *, public: bool, create_pr: bool) -> Published:
-    """Upload what was prepared.
-
-    Raises:
-        PublishError: the Hub refuses, its branch moved meanwhile, or what arrived is not what
-            was sent.
-    """
-    from huggingface_hub import HfApi
-
     api = HfApi(library_name="instruct-merge", library_version=__version__)
-    repo_id = prepared.repo_id
     with _publish_errors(repo_id):
         parent = _open_repository(api, repo_id, public)
         _write_card(prepared)
@@ -76,7 +80,7 @@ def upload(prepared: Prepared, *, public: bool, create_pr: bool) -> Published:
         others = _check_arrival(api, prepared, commit)
     notes = prepared.notes
     if others:
-        shown = ", ".join(others[:_SHOWN]) + (" ..." if len(others) > _SHOWN else "")
+        shown = listed(others, _SHOWN)
         notes = (*notes, f"The repository also holds files that are not of this merge: {shown}.")
     return Published(repo_id, url, commit, notes)
 
@@ -215,20 +219,5 @@ def _unreachable(repo_id: str, error: Exception) -> PublishError:
 
 
 def _refusal(repo_id: str, status: int, said: str) -> PublishError:
-    if status in (401, 403):
-        return PublishError(f"this account may not write to {repo_id}: {said}", hint=_TOKEN_HINT)
-    if status == 412:
-        return PublishError(
-            f"{repo_id} changed while it was published: {said}",
-            hint="look at what the other commit did, then publish again",
-        )
-    if status == 409:
-        return PublishError(
-            f"{repo_id} is being changed by somebody else: {said}", hint="publish again later"
-        )
-    if status == 429:
-        return PublishError(f"the Hub asks for a pause: {said}", hint="publish again later")
-    return PublishError(
-        f"the Hub refused {repo_id} ({status}): {said}",
-        hint="publish again later; what arrived already is not sent twice",
-    )
+    text, hint = _REFUSALS.get(status, _REFUSED)
+    return PublishError(text.format(repo=repo_id, status=status, said=said), hint=hint)
