@@ -99,22 +99,33 @@ def edit_many(
     return _Session(editor, settings, on_step).run(iter(requests), batch_size)
 
 
+@dataclass(eq=False, slots=True)
+class _Picture:
+    """A picture that is ready to be edited.
+
+    Attributes:
+        image: As it was given; kept alive, so that no other gets its identity, which is the key.
+        source: The picture resized.
+        latents: Of the source, `(4, h, w)`, once it is encoded.
+    """
+
+    image: Image.Image | str | Path
+    source: Image.Image
+    latents: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Job:
     """A request whose picture is ready.
 
     Attributes:
-        key: Tells pictures apart.
-        image: Keeps the picture alive, so that no other gets its identity.
-        source: The picture resized.
+        picture: What to edit.
         instruction: What to change.
         seed: Of the noise.
         prepare_s: What reading and resizing took.
     """
 
-    key: str | int
-    image: Image.Image | str | Path
-    source: Image.Image
+    picture: _Picture
     instruction: str
     seed: int
     prepare_s: float
@@ -147,9 +158,7 @@ class _Session:
         self.settings = settings
         self.on_step = on_step
         self.rows = choose_rows(settings.guidance_scale, settings.image_guidance_scale)
-        # The image itself is kept beside its source: its identity is the key.
-        self.sources: _Recent[str | int, tuple[object, Image.Image]] = _Recent(_KEPT_PICTURES)
-        self.latents: _Recent[str | int, tuple[object, torch.Tensor]] = _Recent(_KEPT_PICTURES)
+        self.pictures: _Recent[str | int, _Picture] = _Recent(_KEPT_PICTURES)
         self.texts: _Recent[str, TextEmbedding] = _Recent(_KEPT_TEXTS)
         self.empty: TextEmbedding | None = None
 
@@ -178,22 +187,20 @@ class _Session:
         check_seed(seed)
         image = request.image
         key = id(image) if isinstance(image, Image.Image) else str(image)
-        kept = self.sources.get(key)
-        if kept is not None:
-            source = kept[1]
-        else:
+        picture = self.pictures.get(key)
+        if picture is None:
             assert self.settings.resolution is not None
-            picture = image if isinstance(image, Image.Image) else load_image(image)
-            source = resize_image(picture, self.settings.resolution, self.editor.size_multiple)
-            self.sources.put(key, (image, source))
-        seconds = time.perf_counter() - started
-        return _Job(key, image, source, request.instruction, seed, seconds)
+            loaded = image if isinstance(image, Image.Image) else load_image(image)
+            source = resize_image(loaded, self.settings.resolution, self.editor.size_multiple)
+            picture = _Picture(image, source)
+            self.pictures.put(key, picture)
+        return _Job(picture, request.instruction, seed, time.perf_counter() - started)
 
     def edit_window(self, jobs: Sequence[_Job]) -> Iterator[EditResult]:
         """Edit the jobs size by size, and give the results in the order of the jobs."""
         sizes: dict[tuple[int, int], list[int]] = {}
         for index, job in enumerate(jobs):
-            sizes.setdefault(job.source.size, []).append(index)
+            sizes.setdefault(job.picture.source.size, []).append(index)
         results: dict[int, EditResult] = {}
         for indices in sizes.values():
             try:
@@ -220,12 +227,18 @@ class _Session:
     def edit_batch(self, jobs: Sequence[_Job]) -> list[EditResult]:
         """Edit pictures of one size together."""
         editor, settings = self.editor, self.settings
-        clock = _Clock(editor)
+        times = [time.perf_counter()]
+
+        def stage_ends() -> None:
+            editor.synchronize()
+            times.append(time.perf_counter())
+
         texts = self.embed([job.instruction for job in jobs])
-        empty = self.empty_text(texts[0]) if self.rows > Rows.TEXT else None
-        text_s = clock.lap()
-        image_latents = self.encode(jobs)
-        encode_s = clock.lap()
+        if self.rows > Rows.TEXT and self.empty is None:
+            self.empty = empty_text(editor, texts[0])
+        stage_ends()
+        image_latents = self.encode([job.picture for job in jobs])
+        stage_ends()
         schedule = make_schedule(editor.pipeline.scheduler, settings)
         drawn, generators = draw_noise(
             [job.seed for job in jobs], image_latents.shape[1:], schedule
@@ -234,31 +247,30 @@ class _Session:
         latents = denoise(
             editor,
             schedule,
-            make_conditions(editor, self.rows, texts, empty, image_latents),
+            make_conditions(editor, self.rows, texts, self.empty, image_latents),
             Noise(first, tuple(following), generators),
             (settings.guidance_scale, settings.image_guidance_scale),
             self.on_step,
         )
-        denoise_s = clock.lap()
+        stage_ends()
         pictures = decode_latents(editor, latents).cpu().numpy()
-        decode_s = clock.lap()
+        stage_ends()
+        text_s, encode_s, denoise_s, decode_s = (
+            (end - begin) / len(jobs) for begin, end in itertools.pairwise(times)
+        )
         final = latents.cpu().numpy()
-        rows = len(schedule.timesteps) * self.rows
         results = []
         for index, job in enumerate(jobs):
-            shares = (seconds / len(jobs) for seconds in (text_s, encode_s, denoise_s, decode_s))
-            stages = StageTimes(*shares)
-            stages = dataclasses.replace(stages, encode_s=stages.encode_s + job.prepare_s)
-            used = dataclasses.replace(settings, seed=job.seed)
+            stages = StageTimes(text_s, encode_s + job.prepare_s, denoise_s, decode_s)
             results.append(
                 EditResult(
-                    pictures[index],
-                    job.source,
-                    rows,
-                    stages.total_s,
-                    final[index],
-                    stages,
-                    used,
+                    image=pictures[index],
+                    source=job.picture.source,
+                    unet_rows=len(schedule.timesteps) * self.rows,
+                    seconds=stages.total_s,
+                    latents=final[index],
+                    stages=stages,
+                    settings=dataclasses.replace(settings, seed=job.seed),
                 )
             )
         return results
@@ -275,34 +287,11 @@ class _Session:
                 self.texts.put(text, found[text])
         return [found[text] for text in texts]
 
-    def empty_text(self, like: TextEmbedding) -> TextEmbedding:
-        if self.empty is None:
-            self.empty = empty_text(self.editor, like)
-        return self.empty
-
-    def encode(self, jobs: Sequence[_Job]) -> torch.Tensor:
+    def encode(self, pictures: Sequence[_Picture]) -> torch.Tensor:
         """Return the pictures' latents, `(n, 4, h, w)`; encode those that are not at hand."""
-        found = {
-            job.key: kept[1] for job in jobs if (kept := self.latents.get(job.key)) is not None
-        }
-        missing = {job.key: job for job in jobs if job.key not in found}
+        missing = [picture for picture in dict.fromkeys(pictures) if picture.latents is None]
         if missing:
-            encoded = encode_pictures(self.editor, [job.source for job in missing.values()])
-            for (key, job), latents in zip(missing.items(), encoded, strict=True):
-                found[key] = latents
-                self.latents.put(key, (job.image, latents))
-        return torch.stack([found[job.key] for job in jobs])
-
-
-class _Clock:
-    """Takes the time of stages that run on a device."""
-
-    def __init__(self, editor: Editor) -> None:
-        self._editor = editor
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        self._editor.synchronize()
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed
+            encoded = encode_pictures(self.editor, [picture.source for picture in missing])
+            for picture, latents in zip(missing, encoded, strict=True):
+                picture.latents = latents
+        return torch.stack([p.latents for p in pictures if p.latents is not None])

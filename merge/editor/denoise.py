@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,15 +26,25 @@ class Conditions:
         rows: How many rows a picture has.
         states: `(rows * n, tokens, width)`.
         image_latents: `(n, 4, h, w)`, of the pictures.
-        pooled: `(rows * n, width)`; SDXL only.
-        time_ids: `(rows * n, 6)`, original size, crop and target size; SDXL only.
+        added: SDXL only: `text_embeds`, `(rows * n, width)`, and `time_ids`, `(rows * n, 6)`,
+            which are original size, crop and target size.
     """
 
     rows: Rows
     states: torch.Tensor
     image_latents: torch.Tensor
-    pooled: torch.Tensor | None
-    time_ids: torch.Tensor | None
+    added: Mapping[str, torch.Tensor] | None = None
+
+    def predict(self, unet: Any, inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return what a UNet predicts for all rows, in float32."""
+        prediction: torch.Tensor = unet(
+            inputs,
+            timestep,
+            encoder_hidden_states=self.states,
+            added_cond_kwargs=self.added,
+            return_dict=False,
+        )[0]
+        return prediction.float()
 
 
 def make_conditions(
@@ -57,12 +68,12 @@ def make_conditions(
         embeddings += [empty] * (len(texts) * (rows - 1))
     states = torch.stack([embedding.states for embedding in embeddings])
     if not editor.has_added_conditions:
-        return Conditions(rows, states, image_latents, None, None)
+        return Conditions(rows, states, image_latents)
     pooled = torch.stack([e.pooled for e in embeddings if e.pooled is not None])
     height, width = (side * editor.vae_scale_factor for side in image_latents.shape[2:])
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=states.dtype)
     time_ids = editor.move(sizes.repeat(len(embeddings), 1))
-    return Conditions(rows, states, image_latents, pooled, time_ids)
+    return Conditions(rows, states, image_latents, {"text_embeds": pooled, "time_ids": time_ids})
 
 
 def denoise(
@@ -88,21 +99,12 @@ def denoise(
     unet = editor.pipeline.unet
     latents = noise.first * schedule.init_noise_sigma
     inputs, noisy = _input_buffer(conditions, unet.dtype)
-    added = None
-    if conditions.pooled is not None:
-        added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
     timesteps = editor.move(schedule.timesteps)
     steps = len(timesteps)
     for index in range(steps):
         noisy.copy_(schedule.scale(latents, index))
-        prediction = unet(
-            inputs,
-            timesteps[index],
-            encoder_hidden_states=conditions.states,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        guided = combine(prediction.float().chunk(conditions.rows), *guidance)
+        prediction = conditions.predict(unet, inputs, timesteps[index])
+        guided = combine(prediction.chunk(conditions.rows), *guidance)
         latents = schedule.step(index, guided, latents, noise)
         if on_step is not None:
             on_step(index + 1, steps)

@@ -21,11 +21,7 @@ from merge.json_files import read_json
 from merge.records.folder import MANIFEST_NAME
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
+_DTYPES = ("float16", "bfloat16", "float32")
 _SCHEDULERS = ("lcm", "own")
 
 
@@ -80,6 +76,13 @@ class Editor:
     def trained_steps(self) -> int:
         """Return num_train_timesteps of the scheduler."""
         return int(self.pipeline.scheduler.config.num_train_timesteps)
+
+    def use_lcm(self) -> None:
+        """Put LCMScheduler in place of another scheduler, with the same configuration."""
+        import diffusers
+
+        config = self.pipeline.scheduler.config
+        self.pipeline.scheduler = diffusers.LCMScheduler.from_config(config)
 
     def warnings_for(self, settings: EditSettings) -> list[str]:
         """Return a line for each setting outside the range that was found to work."""
@@ -149,10 +152,14 @@ def load_editor(
         check_file(folder, configs)
     else:
         check_folder(folder, index)
-    pipeline = _load_pipeline(folder, configs, family, _DTYPES[dtype])
+    pipeline = _load_pipeline(folder, configs, family, getattr(torch, dtype))
     _check_channels(folder, pipeline)
-    if scheduler == "lcm" and not (configs / MANIFEST_NAME).is_file():
-        _use_lcm(folder, pipeline)
+    editor = Editor(pipeline, family, folder, where, compile_unet, allow_tf32)
+    is_export = (configs / MANIFEST_NAME).is_file()
+    if scheduler == "lcm" and not is_export and not editor.is_lcm:
+        name = type(pipeline.scheduler).__name__
+        _LOG.warning("%s has %s: edits use LCMScheduler", folder, name)
+        editor.use_lcm()
     vae = pipeline.vae
     if family.overflows_vae and vae.dtype == torch.float16 and vae.config.force_upcast:
         # Once here instead of twice in every edit.
@@ -165,7 +172,7 @@ def load_editor(
             vae.to(memory_format=torch.channels_last)
         if compile_unet:
             compile_model(pipeline.unet, where)
-        return Editor(pipeline, family, folder, where, compile_unet, allow_tf32)
+        return editor
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{where} has too little memory for {folder}", hint="use --device cpu"
@@ -225,16 +232,6 @@ def _check_channels(folder: Path, pipeline: Any) -> None:
             hint="an InstructPix2Pix UNet takes the picture's latents beside the noisy ones; "
             "a plain one cannot edit",
         )
-
-
-def _use_lcm(folder: Path, pipeline: Any) -> None:
-    import diffusers
-
-    name = type(pipeline.scheduler).__name__
-    if name == "LCMScheduler":
-        return
-    _LOG.warning("%s has %s: edits use LCMScheduler", folder, name)
-    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
 
 
 def _edit_device(name: str) -> torch.device:

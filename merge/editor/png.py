@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -35,16 +36,26 @@ def save_png(
     # International text: a plain one holds Latin-1 only.
     info.add_itxt("instruction", instruction)
     info.add_text("settings", json.dumps(dataclasses.asdict(settings), sort_keys=True))
-    # Beside its place, so that the rename stays on one file system.
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
+        with replacement(path) as partial:
+            image.save(partial, format="PNG", pnginfo=info)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}",
             hint="choose another place with -o",
         ) from error
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Give the place of a file that takes a path's name once the block has written it.
+
+    It is beside that path, so that the rename stays on one file system, and gone if anything fails.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

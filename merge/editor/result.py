@@ -82,6 +82,11 @@ class EditResult:
         return int(np.count_nonzero(~np.isfinite(self.image)))
 
     def to_pil(self) -> Image.Image:
-        """Return the picture in 8 bits; non-finite values become black."""
-        values = np.nan_to_num(self.image, nan=0.0, posinf=1.0, neginf=0.0)
-        return Image.fromarray((values * 255).round().astype(np.uint8))
+        """Return the picture in 8 bits."""
+        return in_8_bits(self.image)
+
+
+def in_8_bits(values: Floats) -> Image.Image:
+    """Return values from 0 to 1 as a picture; NaN becomes black, and what lies beyond is cut."""
+    values = np.nan_to_num(values, nan=0.0).clip(0, 1)
+    return Image.fromarray((values * 255).round().astype(np.uint8))

@@ -44,13 +44,7 @@ def encode_texts(editor: Editor, texts: Sequence[str]) -> list[TextEmbedding]:
         states = pipeline.text_encoder(ids, attention_mask=mask)[0].to(dtype)
         return [TextEmbedding(row, None) for row in states]
     parts = []
-    for tokenizer, encoder in (
-        (pipeline.tokenizer, pipeline.text_encoder),
-        (pipeline.tokenizer_2, pipeline.text_encoder_2),
-    ):
-        if encoder is None:
-            # The pipeline class allows SDXL models with the second one only.
-            continue
+    for tokenizer, encoder in _encoders(editor):
         ids = _tokenize(tokenizer, encoder, texts).input_ids.to(editor.device)
         output = encoder(ids, output_hidden_states=True)
         parts.append(output.hidden_states[-2])
@@ -75,14 +69,8 @@ def empty_text(editor: Editor, like: TextEmbedding) -> TextEmbedding:
 
 def warn_of_cuts(editor: Editor, text: str) -> None:
     """Say which end of an instruction the tokenizers leave out."""
-    pipeline = editor.pipeline
-    pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
-    if editor.has_added_conditions:
-        pairs.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
     lost = []
-    for tokenizer, encoder in pairs:
-        if encoder is None:
-            continue
+    for tokenizer, encoder in _encoders(editor):
         limit = _token_limit(tokenizer, encoder)
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) > limit:
@@ -90,6 +78,16 @@ def warn_of_cuts(editor: Editor, text: str) -> None:
             lost.append(tokenizer.decode(ids[limit - 1 : -1]).strip())
     for words in dict.fromkeys(lost):
         _LOG.warning("the instruction is too long; the model does not see: %s", words)
+
+
+def _encoders(editor: Editor) -> list[tuple[Any, Any]]:
+    """Return each tokenizer with its text encoder."""
+    pipeline = editor.pipeline
+    pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
+    if editor.has_added_conditions:
+        pairs.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    # The pipeline class allows SDXL models with the second one only.
+    return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
 
 
 def _tokenize(tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:

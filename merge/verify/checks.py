@@ -9,8 +9,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from merge.editor.result import EditResult
@@ -43,85 +45,18 @@ class CheckKind:
         """Return `judged` where a failure fails the model, `warned` where it only warns."""
         return "warned" if self.doubt else "judged"
 
+    @property
+    def rule(self) -> str:
+        """Return how the value must lie to the limit."""
+        return "at least" if self.at_least else "at most"
 
-# Stable names, in the order of the report. Pictures hold values in 0 to 1.
+
+# Stable names, in the order of the report.
 CHECKS: Mapping[str, CheckKind] = {
-    "files_as_recorded": CheckKind(
-        "Files are as recorded",
-        "files whose size or SHA-256 is not the manifest's",
-        0,
-        proof="files as recorded",
-    ),
-    "weights_finite": CheckKind(
-        "Weights are finite", "NaN or infinite values in the UNet", 0, proof="finite"
-    ),
-    "weight_not_negative": CheckKind(
-        "Weight is not negative",
-        "the recipe's weight; below zero it takes the few-step skill away",
-        0,
-        at_least=True,
-        doubt="the weight is negative",
-    ),
-    "base_is_nearer": CheckKind(
-        "Target is nearer to base than to distilled",
-        "where the target lies on the way from base, 0, to distilled, 1",
-        0.5,
-        doubt="base and distilled look swapped",
-    ),
-    "deterministic": CheckKind(
-        "Deterministic",
-        "values that differ when the first edit is run again",
-        0,
-        proof="repeats",
-    ),
-    "latents_finite": CheckKind("Latents are finite", "NaN or infinite values", 0, proof="finite"),
-    "picture_finite": CheckKind("Picture is finite", "NaN or infinite values", 0, proof="finite"),
-    # A night scene has its lamp or its moon; a safety checker's black and a dead VAE have nothing.
-    "not_black": CheckKind(
-        "Not black",
-        "brightest channel, 99th percentile of pixels",
-        0.05,
-        at_least=True,
-        proof="not blank",
-    ),
-    # Per channel, so that a plain red picture counts as constant. 0.01 is 2.6 of 8-bit's 255.
-    "not_constant": CheckKind(
-        "Not constant",
-        "largest standard deviation of a channel",
-        0.01,
-        at_least=True,
-        proof="not blank",
-    ),
-    # Of the most changed pixels, since a good edit may touch a small part only, and against the
-    # VAE's round trip too, which is what a UNet that does nothing gives. 0.02 is 5 of 255.
-    "not_the_source": CheckKind(
-        "Not the source unchanged",
-        "mean difference of the 1 % of pixels that changed most",
-        0.02,
-        at_least=True,
-        proof="changes pictures",
-    ),
-    # Good merges leave up to 0.15 and noise 0.64 and more: `merge.verify.residual` has the figures.
-    "noise_left": CheckKind(
-        "Removes noise",
-        "share of a little added noise that the model leaves in its own pictures",
-        0.5,
-        proof="no noise",
-        doubt="pictures look like noise",
-    ),
-    "noise_left_by_target": CheckKind(
-        "Pictures are ones that the target knows",
-        "share of a little added noise that the target leaves in them",
-        0.5,
-        proof="no noise",
-        doubt="pictures look like noise",
-    ),
-    "as_expected": CheckKind(
-        "As expected",
-        "root mean square difference to the nearest expected picture",
-        None,
-        proof="as expected",
-    ),
+    name: CheckKind(**fields)
+    for name, fields in yaml.safe_load(
+        Path(__file__).with_name("checks.yaml").read_text(encoding="utf-8")
+    ).items()
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from merge.background.closable import Closable
 from merge.background.digest_process import DigestProcess
 from merge.editor.batches import edit
 from merge.editor.load import Editor, load_editor
@@ -60,7 +62,7 @@ def find_target(model: str) -> Target:
     return Target(found.label, found.commit, found.root, weights, files)
 
 
-class Comparison:
+class Comparison(Closable):
     """Makes the target's pictures, or takes those that were kept.
 
     Its files are hashed in a process of their own from the moment it is made.
@@ -118,48 +120,37 @@ class Comparison:
             self._process.close()
 
 
+@dataclass(slots=True)
 class _Maker:
     """Makes pictures with the target, which is loaded when the first one is not kept."""
 
-    def __init__(
-        self,
-        root: Path,
-        digests: Mapping[str, str],
-        device: str,
-        device_words: str,
-        on_picture: Callable[[], None],
-    ) -> None:
-        self._root = root
-        self._digests = digests
-        self._device = device
-        self._device_words = device_words
-        self._on_picture = on_picture
-        self._cache = ReferenceCache(cache_folder()) if digests else None
-        self._editor: Editor | None = None
+    root: Path
+    digests: Mapping[str, str]
+    device: str
+    device_words: str
+    on_picture: Callable[[], None]
+    editor: Editor | None = None
 
     def make(self, row: EditRow, settings: EditSettings, scheduler: str) -> Picture:
         chosen = dataclasses.replace(settings, seed=row.seed)
+        instruction = row.edit.instruction
+        cache = ReferenceCache(cache_folder()) if self.digests else None
         key = reference_key(
-            self._digests, row.source, row.edit.instruction, chosen, scheduler, self._device_words
+            self.digests, row.source, instruction, chosen, scheduler, self.device_words
         )
-        picture = self._cache.get(key, chosen, scheduler) if self._cache is not None else None
+        picture = cache.get(key, chosen, scheduler) if cache is not None else None
         if picture is None:
-            result = edit(self._load(scheduler), row.source, row.edit.instruction, chosen)
-            picture = Picture(
-                result.to_pil(), result.settings, scheduler, result.unet_rows, result.seconds
-            )
-            if self._cache is not None:
-                self._cache.put(key, picture)
-        self._on_picture()
+            result = edit(self._load(scheduler), row.source, instruction, chosen)
+            picture = Picture.of(result, scheduler)
+            if cache is not None:
+                cache.put(key, picture)
+        self.on_picture()
         return picture
 
     def _load(self, scheduler: str) -> Editor:
-        if self._editor is None:
-            self._editor = load_editor(self._root, device=self._device, scheduler="own")
-        if scheduler == "lcm" and not self._editor.is_lcm:
+        if self.editor is None:
+            self.editor = load_editor(self.root, device=self.device, scheduler="own")
+        if scheduler == "lcm" and not self.editor.is_lcm:
             # Loading the model again for another scheduler would read gigabytes.
-            import diffusers
-
-            pipeline = self._editor.pipeline
-            pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
-        return self._editor
+            self.editor.use_lcm()
+        return self.editor

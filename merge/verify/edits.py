@@ -20,29 +20,11 @@ from merge.verify.model import Edit
 _KEYS = tuple(field.name for field in dataclasses.fields(EditSpec))
 _HINT = "an edit is {image, instruction, seed, before_caption, after_caption, expected, steps}"
 
-# For models trained on photographs: instructions and captions in the manner of their training data.
-DEFAULT_EDITS = (
-    Edit(
-        None,
-        "make it winter",
-        before_caption="a house on a green hill on a sunny day",
-        after_caption="a house on a snowy hill on a winter day",
-        drawing="house",
-    ),
-    Edit(
-        None,
-        "make it sunset",
-        before_caption="a sailing boat on a blue sea by day",
-        after_caption="a sailing boat on the sea at sunset",
-        drawing="boat",
-    ),
-    Edit(
-        None,
-        "turn the apple into an orange",
-        before_caption="a red apple on a wooden table",
-        after_caption="an orange on a wooden table",
-        drawing="apple",
-    ),
+DEFAULT_EDITS = tuple(
+    Edit(None, **fields)
+    for fields in yaml.safe_load(
+        Path(__file__).with_name("default_edits.yaml").read_text(encoding="utf-8")
+    )
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from merge.background.closable import Closable
 from merge.background.digest_process import DigestProcess
 from merge.errors import SourceNotFoundError, VerificationError
 from merge.records.folder import OutputRecords
@@ -35,11 +36,8 @@ def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None
         raise SourceNotFoundError(
             f"{folder} has no merge_manifest.json", hint="only outputs of `run` have one"
         )
-    process = FilesCheck(folder, manifest["files"])
-    try:
-        wrong = process.result(on_bytes)
-    finally:
-        process.close()
+    with FilesCheck(folder, manifest["files"]) as check:
+        wrong = check.result(on_bytes)
     wrong += check_provenance(folder)
     if wrong:
         raise VerificationError(
@@ -49,7 +47,7 @@ def verify_files(folder: str | Path, on_bytes: Callable[[int, int], None] | None
     return len(manifest["files"])
 
 
-class FilesCheck:
+class FilesCheck(Closable):
     """Hashes the files of a manifest in a process of its own from the moment it is made."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

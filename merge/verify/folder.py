@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,8 @@ from merge.verify.record import check_record
 from merge.verify.report import Report, write_report
 from merge.verify.residual import Sample, make_sample, noise_left
 from merge.verify.roundtrip import round_trip
-from merge.verify.verdict import describe, failures, warnings
-from merge.verify.weights import (
-    WeightsMeasured,
-    load_weights,
-    main_weights,
-    measure_weights,
-)
+from merge.verify.verdict import describe
+from merge.verify.weights import load_weights, main_weights, measure_weights
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,115 +87,163 @@ def verify_folder(
         SourceError: the folder is no pipeline, or a picture or another model is not there.
         OutputError: the report cannot be written, or would replace one that is not ours.
     """
-    job = _prepare(Path(folder), edits)
+    folder = Path(folder)
+    work = _Work(folder, edits)
     clip_name = find_clip(clip) if clip is not None else None
+    # The edits, one repetition, and two pictures of the target for each edit.
+    total = len(work.todo) * (3 if compare is not None else 1) + 1
+    done = itertools.count(1)
+
+    def step() -> None:
+        if on_edit is not None:
+            on_edit(next(done), total)
+
     with ExitStack() as stack:
-        comparison = Comparison(compare) if compare is not None else None
-        if comparison is not None:
-            stack.callback(comparison.close)
+        comparison = None
+        if compare is not None:
+            comparison = stack.enter_context(Comparison(compare))
             target_weights = target_weights or comparison.target.weights
-        background = stack.enter_context(_Background(job, target_weights))
-        progress = _Progress(on_edit, job, comparison is not None)
-        edited = _edit_all(job, device, target_weights, progress)
+        background = stack.enter_context(_Background(folder, work.files, target_weights))
+        work.edit_all(device, target_weights, step)
         free_memory()
-        rows = edited.rows
         if comparison is not None:
-            rows = comparison.run(rows, edited.settings, device, edited.device, progress.step)
+            work.rows = comparison.run(work.rows, work.settings, device, work.device, step)
             free_memory()
-        rows = _measure(rows, clip, edited.torch_device)
-        checks = [*background.checks(), *check_record(job.recipe, job.run), *edited.checks]
+        rows = _measure(work.rows, clip, work.torch_device)
+        checks = [*background.checks(), *check_record(work.recipe, work.run), *work.checks]
+        blocks = background.measured.result().blocks
         report = Report(
-            name=str(job.recipe.get("name") or job.folder.resolve().name),
-            recipe=job.recipe,
-            recipe_text=job.recipe_text,
-            recipe_digest=job.recipe_digest,
-            settings=edited.settings,
-            device=edited.device,
+            name=str(work.recipe.get("name") or folder.resolve().name),
+            recipe=work.recipe,
+            recipe_text=work.recipe_text,
+            recipe_digest=work.recipe_digest,
+            settings=work.settings,
+            device=work.device,
             checks=tuple(checks),
             rows=tuple(rows),
-            blocks=background.weights().blocks,
+            blocks=blocks,
             target=comparison.target if comparison is not None else None,
             compare=compare,
             clip=clip_name,
-            notes=tuple(_notes(job, background, bool(edits), bool(target_weights))),
+            notes=tuple(_notes(work, bool(edits), bool(target_weights), bool(blocks))),
         )
-    write_report(job.folder, report, render_page(report))
-    refresh_card(job.folder)
-    _judge(report, job.folder, strict)
+    write_report(folder, report, render_page(report))
+    refresh_card(folder)
+    _judge(report, folder, strict)
     return report
 
 
 def _judge(report: Report, folder: Path, strict: bool) -> None:
     """Raise for what failed, and tell what warns."""
-    total = len(report.checks)
-    failed, warned = failures(report.checks), warnings(report.checks)
-    hint = f"see {folder / PAGE_NAME} and {folder / IMAGES_NAME}"
-    if failed:
-        lines = "".join(f"\n  {line}" for line in describe(failed))
+    failed, warned = report.failed, report.warned
+    if failed or (warned and strict):
+        if failed:
+            count = f"fails {len(failed)}"
+            advice = "a smaller weight may help"
+        else:
+            count = f"has {len(warned)} warning{'s' * (len(warned) != 1)}"
+            advice = "without --strict they are no failure"
+        lines = "".join(f"\n  {line}" for line in describe(failed or warned))
         raise VerificationError(
-            f"the merged model in {folder} fails {len(failed)} of {total} checks:{lines}",
-            hint=f"{hint}; a smaller weight may help",
-        )
-    if warned and strict:
-        lines = "".join(f"\n  {line}" for line in describe(warned))
-        raise VerificationError(
-            f"the merged model in {folder} has {len(warned)} "
-            f"warning{'s' * (len(warned) != 1)} of {total} checks:{lines}",
-            hint=f"{hint}; without --strict they are no failure",
+            f"the merged model in {folder} {count} of {len(report.checks)} checks:{lines}",
+            hint=f"see {folder / PAGE_NAME} and {folder / IMAGES_NAME}; {advice}",
         )
     for line in describe(warned):
         _LOG.warning("%s", line)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is to be done, read before anything slow begins."""
+class _Work:
+    """The edits of a folder: what is to be done, and what was found."""
 
-    folder: Path
-    recipe: Mapping[str, Any]
-    recipe_text: str
-    recipe_digest: str
-    run: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]
-    settings: EditSettings
-    todo: tuple[tuple[Edit, int], ...]
-    pictures: Mapping[Path, Image.Image]
+    def __init__(self, folder: Path, edits: Sequence[Edit]) -> None:
+        """Read what is needed before anything slow begins."""
+        refuse_foreign(folder)
+        self.folder = folder
+        records = OutputRecords(folder)
+        self.recipe = records.recipe or {}
+        self.recipe_text = records.lock_text if self.recipe else ""
+        manifest = records.manifest or {}
+        self.recipe_digest = str(manifest.get("recipe_digest") or "")
+        self.files = manifest.get("files", {})
+        self.run = records.run
+        verify = self.recipe.get("verify") or {}
+        self.settings = _settings(verify)
+        seeds = verify.get("seeds") or [0]
+        self.todo = [
+            (edit, seed)
+            for edit in (edits or DEFAULT_EDITS)
+            for seed in ([edit.seed] if edit.seed is not None else seeds)
+        ]
+        paths = {path for edit in edits for path in (edit.image, *edit.expected) if path}
+        self.pictures = {path: load_image(path) for path in sorted(paths)}
+        self.device = ""
+        self.torch_device = torch.device("cpu")
+        self.rows: list[EditRow] = []
+        self.checks: list[Check] = []
 
-
-@dataclass(frozen=True, slots=True)
-class _Edited:
-    rows: list[EditRow]
-    checks: list[Check]
-    settings: EditSettings
-    device: str
-    torch_device: Any
-
-
-class _Progress:
-    """Counts pictures: the edits, one repetition, and two of the target for each edit."""
-
-    def __init__(
-        self, on_edit: Callable[[int, int], None] | None, job: _Job, compared: bool
+    def edit_all(
+        self, device: str, target_weights: Sequence[Path], step: Callable[[], None]
     ) -> None:
-        self._on_edit = on_edit
-        self._done = 0
-        self._total = len(job.todo) * (3 if compared else 1) + 1
+        """Run every edit; the model is gone when this returns and memory is freed."""
+        editor = load_editor(self.folder, device=device)
+        if self.settings.resolution is None:
+            self.settings = dataclasses.replace(self.settings, resolution=editor.default_resolution)
+        for line in editor.warnings_for(self.settings):
+            _LOG.warning("%s", line)
+        samples = []
+        for index, (edit, seed) in enumerate(self.todo):
+            samples.append(self.edit_one(editor, index, edit, edit.settings(self.settings, seed)))
+            step()
+            if index == 0:
+                step()
+        dtype = str(editor.pipeline.unet.dtype).removeprefix("torch.")
+        self.device, self.torch_device = f"{editor.device.type} {dtype}", editor.device
+        # What noise the merged UNet leaves, and then the target's, which takes its place.
+        found = {"noise_left": noise_left(editor, samples)}
+        if target_weights and load_weights(editor.pipeline.unet, target_weights):
+            found["noise_left_by_target"] = noise_left(editor, samples)
+        self.checks += [make_check(n, value) for n, value in found.items() if value is not None]
 
-    def step(self) -> None:
-        self._done += 1
-        if self._on_edit is not None:
-            self._on_edit(self._done, self._total)
+    def edit_one(self, editor: Editor, index: int, edit: Edit, settings: EditSettings) -> Sample:
+        """Run an edit and check it; return what noise is added to later."""
+        assert settings.resolution is not None
+        if edit.image is None:
+            picture = draw_picture(edit.drawing, settings.resolution)
+        else:
+            picture = self.pictures[edit.image]
+        result = edit_picture(editor, picture, edit.instruction, settings)
+        if index == 0:
+            again = edit_picture(editor, picture, edit.instruction, settings)
+            self.checks.append(check_repeat(result, again))
+        with torch.inference_mode():
+            image_latents = encode_pictures(editor, [result.source])
+        self.checks += check_edit(index, result, round_trip(editor, result.source, image_latents))
+        merged = Picture.of(result, "lcm" if editor.is_lcm else "own")
+        nearest = None
+        if edit.expected:
+            size, resample = merged.image.size, Image.Resampling.LANCZOS
+            known = [self.pictures[path].resize(size, resample) for path in edit.expected]
+            check, nearest = check_expected(index, merged.image, known, edit.expected_limit)
+            self.checks.append(check)
+        row = EditRow(edit, settings.seed, result.source, {"merged": merged}, expected=nearest)
+        self.rows.append(row)
+        return make_sample(editor, result, edit.instruction, image_latents)
 
 
 class _Background(Closable):
     """Hashes the files and measures the weights beside the edits."""
 
-    def __init__(self, job: _Job, target_weights: Sequence[Path]) -> None:
-        self._files = FilesCheck(job.folder, job.files) if job.files else None
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, Mapping[str, Any]],
+        target_weights: Sequence[Path],
+    ) -> None:
+        self._files = FilesCheck(folder, files) if files else None
         self._stop = threading.Event()
         self._workers = Workers(1, "weights")
-        self._measured = self._workers.submit(
-            lambda: measure_weights(main_weights(job.folder), target_weights, self._stop)
+        self.measured = self._workers.submit(
+            lambda: measure_weights(main_weights(folder), target_weights, self._stop)
         )
 
     def close(self) -> None:
@@ -209,40 +252,12 @@ class _Background(Closable):
         if self._files is not None:
             self._files.close()
 
-    def weights(self) -> WeightsMeasured:
-        return self._measured.result()
-
     def checks(self) -> list[Check]:
         found = []
         if self._files is not None:
             wrong = self._files.result()
             found.append(make_check("files_as_recorded", len(wrong), detail=wrong))
-        return [*found, check_weights(self.weights().non_finite)]
-
-
-def _prepare(folder: Path, edits: Sequence[Edit]) -> _Job:
-    refuse_foreign(folder)
-    records = OutputRecords(folder)
-    recipe, manifest = records.recipe or {}, records.manifest or {}
-    verify = recipe.get("verify") or {}
-    seeds = verify.get("seeds") or [0]
-    todo = tuple(
-        (edit, seed)
-        for edit in (edits or DEFAULT_EDITS)
-        for seed in ([edit.seed] if edit.seed is not None else seeds)
-    )
-    paths = {path for edit, _ in todo for path in (edit.image, *edit.expected) if path is not None}
-    return _Job(
-        folder=folder,
-        recipe=recipe,
-        recipe_text=records.lock_text if recipe else "",
-        recipe_digest=str(manifest.get("recipe_digest") or ""),
-        run=records.run,
-        files=manifest.get("files", {}),
-        settings=_settings(verify),
-        todo=todo,
-        pictures={path: load_image(path) for path in sorted(paths)},
-    )
+        return [*found, check_weights(self.measured.result().non_finite)]
 
 
 def _settings(verify: Mapping[str, Any]) -> EditSettings:
@@ -252,80 +267,6 @@ def _settings(verify: Mapping[str, Any]) -> EditSettings:
         given["timesteps"] = tuple(given["timesteps"])
         given["steps"] = len(given["timesteps"])
     return EditSettings(**given)
-
-
-def _edit_all(
-    job: _Job, device: str, target_weights: Sequence[Path], progress: _Progress
-) -> _Edited:
-    """Run every edit; the model is gone when this returns and memory is freed."""
-    editor = load_editor(job.folder, device=device)
-    settings = job.settings
-    if settings.resolution is None:
-        settings = dataclasses.replace(settings, resolution=editor.default_resolution)
-    for line in editor.warnings_for(settings):
-        _LOG.warning("%s", line)
-    rows: list[EditRow] = []
-    checks: list[Check] = []
-    samples: list[Sample] = []
-    for index, (edit, seed) in enumerate(job.todo):
-        chosen = edit.settings(settings, seed)
-        row, found, sample = _edit_one(editor, job, index, edit, chosen)
-        rows.append(row)
-        checks += found
-        samples.append(sample)
-        progress.step()
-        if index == 0:
-            progress.step()
-    dtype = str(editor.pipeline.unet.dtype).removeprefix("torch.")
-    checks += _noise_checks(editor, samples, target_weights)
-    return _Edited(rows, checks, settings, f"{editor.device.type} {dtype}", editor.device)
-
-
-def _noise_checks(
-    editor: Editor, samples: Sequence[Sample], target_weights: Sequence[Path]
-) -> list[Check]:
-    """Measure what noise the merged UNet leaves, and then the target's, which takes its place."""
-    found = {"noise_left": noise_left(editor, samples)}
-    if target_weights and load_weights(editor.pipeline.unet, target_weights):
-        found["noise_left_by_target"] = noise_left(editor, samples)
-    return [make_check(name, value) for name, value in found.items() if value is not None]
-
-
-def _edit_one(
-    editor: Editor, job: _Job, index: int, edit: Edit, settings: EditSettings
-) -> tuple[EditRow, list[Check], Sample]:
-    assert settings.resolution is not None
-    picture = (
-        draw_picture(edit.drawing, settings.resolution)
-        if edit.image is None
-        else job.pictures[edit.image]
-    )
-    result = edit_picture(editor, picture, edit.instruction, settings)
-    checks = []
-    if index == 0:
-        again = edit_picture(editor, picture, edit.instruction, settings)
-        checks.append(check_repeat(result, again))
-    with torch.inference_mode():
-        image_latents = encode_pictures(editor, [result.source])
-    checks += check_edit(index, result, round_trip(editor, result.source, image_latents))
-    merged = Picture(
-        result.to_pil(),
-        result.settings,
-        "lcm" if editor.is_lcm else "own",
-        result.unet_rows,
-        result.seconds,
-    )
-    row = EditRow(edit, settings.seed, result.source, {"merged": merged})
-    if edit.expected:
-        known = [_of_size(job.pictures[path], merged.image.size) for path in edit.expected]
-        check, nearest = check_expected(index, merged.image, known, edit.expected_limit)
-        checks.append(check)
-        row = dataclasses.replace(row, expected=nearest)
-    return row, checks, make_sample(editor, result, edit.instruction, image_latents)
-
-
-def _of_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _measure(rows: Sequence[EditRow], clip: str | None, device: Any) -> list[EditRow]:
@@ -348,17 +289,17 @@ def _measure(rows: Sequence[EditRow], clip: str | None, device: Any) -> list[Edi
     return measured
 
 
-def _notes(job: _Job, background: _Background, has_edits: bool, has_target: bool) -> list[str]:
+def _notes(work: _Work, has_edits: bool, has_target: bool, has_blocks: bool) -> list[str]:
     notes = []
-    listed = (job.recipe.get("verify") or {}).get("edits")
+    listed = (work.recipe.get("verify") or {}).get("edits")
     if listed and not has_edits:
         notes.append(
             "The recipe's own edits need their pictures, which a checkpoint does not hold: these "
             "are the edits that come with the tool. Name others with --edits."
         )
-    if not job.files:
+    if not work.files:
         notes.append("There is no manifest, so no hashes were checked.")
-    if not background.weights().blocks:
+    if not has_blocks:
         notes.append(
             "The target's weights have other keys or shapes, so the blocks cannot be compared."
             if has_target

@@ -25,27 +25,18 @@ def measure_pair(first: Image.Image, second: Image.Image) -> dict[str, float | N
     """Measure how two pictures of one size differ.
 
     Returns:
-        `l1` (mean absolute difference, values in 0 to 1), `psnr` (dB; None when they are the same)
-        and, with scikit-image, `ssim`.
+        `l1` (mean absolute difference, values in 0 to 1), `psnr` (peak signal-to-noise ratio in dB
+        for a peak of 1; None when they are the same) and, with scikit-image, `ssim`.
     """
     a, b = to_values(first), to_values(second)
-    return {"l1": l1(a, b), "psnr": psnr(a, b), **({"ssim": ssim(a, b)} if has_ssim() else {})}
-
-
-def l1(a: Values, b: Values) -> float:
-    """Return the mean absolute difference."""
-    return float(np.abs(a - b).mean())
+    l1, error = float(np.abs(a - b).mean()), float(np.square(a - b).mean())
+    measures = {"l1": l1, "psnr": None if error == 0 else -10 * math.log10(error)}
+    return {**measures, "ssim": ssim(a, b)} if has_ssim() else measures
 
 
 def rms(a: Values, b: Values) -> float:
     """Return the root mean square difference."""
     return math.sqrt(float(np.square(a - b).mean()))
-
-
-def psnr(a: Values, b: Values) -> float | None:
-    """Return the peak signal-to-noise ratio in dB for a peak of 1; None when it is infinite."""
-    error = float(np.square(a - b).mean())
-    return None if error == 0 else -10 * math.log10(error)
 
 
 def has_ssim() -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from PIL import Image
 
+from merge.editor.result import EditResult
 from merge.editor.settings import EditSettings
 from merge.recipe.schema import EXPECTED_LIMIT
 
@@ -94,6 +96,12 @@ class Picture:
     unet_rows: int
     seconds: float
 
+    @classmethod
+    def of(cls, result: EditResult, scheduler: str) -> Self:
+        """Return what an edit gave."""
+        image = result.to_pil()
+        return cls(image, result.settings, scheduler, result.unet_rows, result.seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class EditRow:
@@ -114,6 +122,13 @@ class EditRow:
     pictures: Mapping[str, Picture]
     metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     expected: Image.Image | None = None
+
+    @property
+    def images(self) -> dict[str, Image.Image]:
+        """Return every picture that there is, by its kind."""
+        made = {kind: picture.image for kind, picture in self.pictures.items()}
+        expected = {} if self.expected is None else {"expected": self.expected}
+        return {"source": self.source, **made, **expected}
 
 
 @dataclass(frozen=True, slots=True)

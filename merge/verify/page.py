@@ -16,8 +16,8 @@ import jinja2
 from PIL import Image
 
 from merge._version import __version__
-from merge.verify.checks import CHECKS, CheckKind
-from merge.verify.model import BlockNorm, Check, EditRow, Picture
+from merge.verify.checks import CHECKS
+from merge.verify.model import Check, EditRow, Picture
 from merge.verify.report import Report, mean
 from merge.verify.verdict import not_judged, verdict
 
@@ -28,12 +28,19 @@ _PNG_BUDGET_BYTES = 3_000_000  # of all pictures; above it only tiny ones stay l
 _QUALITY = 90
 _SHOWN_DETAILS = 5
 _SHOWN_FAILURES = 6
-_RESULTS = {"judged": "failed", "warned": "warned"}
 # Between a number and its unit.
 _GAP = "\N{NO-BREAK SPACE}"
 
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
+# Of pictures, in the order in which they are seen side by side.
+_TITLES = {
+    "source": "Source",
+    "merged": "Merged",
+    "expected": "Expected",
+    "target": "Target",
+    "target_few": "Target",
+}
 _MEASURES = (
     ("l1", "Difference from the source, L1"),
     ("psnr", "PSNR to the source, dB"),
@@ -59,18 +66,45 @@ def render_page(report: Report) -> str:
         f"script-src {_source(script)}; base-uri 'none'; form-action 'none'"
     )
     template = _environment().get_template("page.html")
-    return template.render(view=_view(report), style=style, script=script, policy=policy)
+    return template.render(
+        report=report,
+        version=__version__,
+        formula=_formula(report),
+        verdict=verdict(report.checks),
+        not_judged=not_judged(report.checks),
+        failures=_lines(report, report.failed),
+        warnings=_lines(report, report.warned),
+        checks=_worst(report.checks),
+        kinds=CHECKS,
+        titles=_TITLES,
+        addresses=_addresses(report.rows),
+        tiny_pixels=_TINY_PIXELS,
+        style=style,
+        script=script,
+        policy=policy,
+    )
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {
+        "count": _count,
+        "failure": _failure,
+        "limit": _limit,
+        "mean": mean,
+        "measures": _measures,
+        "number": _number,
+        "seconds": _seconds,
+        "steps": _steps,
+    }
+    return environment
 
 
 @functools.cache
@@ -81,34 +115,6 @@ def _read(name: str) -> str:
 def _source(text: str) -> str:
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
-
-
-def _view(report: Report) -> dict[str, Any]:
-    embed = _Embedder(report.rows)
-    return {
-        "name": report.name,
-        "version": __version__,
-        "formula": _formula(report),
-        "outcome": _outcome(report),
-        "verdict": verdict(report.checks),
-        "not_judged": not_judged(report.checks),
-        "failures": _lines(report, report.failed),
-        "warnings": _lines(report, report.warned),
-        "facts": _facts(report),
-        "edits": [_edit(report, index, row, embed) for index, row in enumerate(report.rows)],
-        "checks": _checks(report.checks),
-        "blocks": _blocks(report.blocks),
-        "recipe_text": report.recipe_text,
-        "digest": report.recipe_digest,
-        "notes": report.notes,
-    }
-
-
-def _outcome(report: Report) -> str:
-    """Return `failed`, `warned` or `passed`, which is also the class of the style."""
-    if report.failed:
-        return "failed"
-    return "warned" if report.warned else "passed"
 
 
 def _formula(report: Report) -> str:
@@ -131,80 +137,17 @@ def _model_name(model: Any) -> str:
     return str(model.get("repo") or model.get("path") or "")
 
 
-def _facts(report: Report) -> list[dict[str, str]]:
-    settings = report.settings
-    merged = [row.pictures["merged"] for row in report.rows]
-    facts = [
-        ("Weight", _number(report.recipe["weight"]), "") if "weight" in report.recipe else None,
-        ("Steps", ", ".join(dict.fromkeys(str(_count_steps(p)) for p in merged)), ""),
-        ("Guidance", _number(settings.guidance_scale), ""),
-        ("Image guidance", _number(settings.image_guidance_scale), ""),
-        ("UNet rows", _number(mean([p.unet_rows for p in merged])), "per edit"),
-        ("Time", _seconds(mean([p.seconds for p in merged])), "per edit"),
-        ("Device", report.device.split()[0], " ".join(report.device.split()[1:])),
-    ]
+def _measures(row: EditRow) -> list[tuple[str, list[str]]]:
+    """Return the title of each measure that was taken, and its value for every picture."""
+    metrics = [row.metrics.get(kind, {}) for kind in row.pictures]
     return [
-        {"label": fact[0], "value": fact[1], "unit": fact[2]} for fact in facts if fact is not None
+        (title, [_measure(name, values) for values in metrics])
+        for name, title in _MEASURES
+        if any(name in values for values in metrics)
     ]
 
 
-def _edit(report: Report, index: int, row: EditRow, embed: _Embedder) -> dict[str, Any]:
-    merged = row.pictures["merged"]
-    width, height = row.source.size
-    source = embed(row.source)
-    captions = (row.edit.before_caption, row.edit.after_caption)
-    uris = {kind: embed(picture.image) for kind, picture in row.pictures.items()}
-    return {
-        "image": row.edit.image_name,
-        "instruction": row.edit.instruction,
-        "meta": [
-            row.edit.image_name,
-            f"{width}{_GAP}×{_GAP}{height}{_GAP}px",
-            f"seed{_GAP}{row.seed}",
-            f"{merged.unet_rows}{_GAP}UNet{_GAP}rows",
-            _seconds(merged.seconds),
-        ],
-        "captions": captions if all(captions) else None,
-        "failures": [_failure(check) for check in report.failed if check.edit == index],
-        "source": {"uri": source, "width": width, "height": height},
-        "merged": {"uri": uris["merged"]},
-        "tiny": max(width, height) <= _TINY_PIXELS,
-        "columns": [
-            {"name": _kind_name(kind), "steps": _steps(picture)}
-            for kind, picture in row.pictures.items()
-        ],
-        "measures": _measures(row),
-        "strip": _strip(row, source, uris, embed),
-    }
-
-
-def _strip(
-    row: EditRow, source: str, uris: Mapping[str, str], embed: _Embedder
-) -> list[dict[str, str]]:
-    """Return the pictures to see side by side; none where there are but source and result."""
-    if len(row.pictures) == 1 and row.expected is None:
-        return []
-    figures = {"source": {"uri": source, "name": "Source", "note": ""}}
-    for kind, picture in row.pictures.items():
-        name = f"{_kind_name(kind)}, {_steps(picture)}"
-        note = f"{picture.unet_rows}{_GAP}UNet{_GAP}rows, {_seconds(picture.seconds)}"
-        figures[kind] = {"uri": uris[kind], "name": name, "note": note}
-    if row.expected is not None:
-        figures["expected"] = {"uri": embed(row.expected), "name": "Expected", "note": ""}
-    order = ("source", "merged", "expected", "target", "target_few")
-    return [figures[kind] for kind in order if kind in figures]
-
-
-def _measures(row: EditRow) -> list[dict[str, Any]]:
-    rows = []
-    for name, title in _MEASURES:
-        if any(name in row.metrics.get(kind, {}) for kind in row.pictures):
-            columns = [_measure(name, row.metrics.get(kind, {})) for kind in row.pictures]
-            rows.append({"name": title, "columns": columns})
-    return rows
-
-
-def _measure(name: str, metrics: Any) -> str:
+def _measure(name: str, metrics: Mapping[str, float | None]) -> str:
     if name not in metrics:
         return "–"
     value = metrics[name]
@@ -213,49 +156,32 @@ def _measure(name: str, metrics: Any) -> str:
     return "–" if value is None else f"{value:.3f}".replace("-", "−")
 
 
-def _kind_name(kind: str) -> str:
-    return "Merged" if kind == "merged" else "Target"
-
-
 def _steps(picture: Picture) -> str:
-    count = _count_steps(picture)
+    count = picture.settings.steps
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _count_steps(picture: Picture) -> int:
-    settings = picture.settings
-    return len(settings.timesteps) if settings.timesteps else settings.steps
+def _worst(checks: Iterable[Check]) -> list[tuple[Check, int]]:
+    """Return one check per kind and how many there are.
 
-
-def _checks(checks: Iterable[Check]) -> list[dict[str, Any]]:
-    """Return one row per kind with the value that is nearest to its limit, or furthest beyond."""
-    groups: dict[str, list[Check]] = {}
+    It is the one with the value that is nearest to its limit, or furthest beyond.
+    """
+    groups: dict[str, list[Check]] = {name: [] for name in CHECKS}
     for check in checks:
-        groups.setdefault(check.name, []).append(check)
-    rows = []
-    for name, kind in CHECKS.items():
-        if name not in groups:
-            continue
-        group = groups[name]
-        sign = -1 if kind.at_least else 1
-        worst = max(group, key=lambda check: (not check.passed, sign * (check.value - check.limit)))
-        count = f"; worst of {len(group)} edits" if len(group) > 1 else ""
-        rows.append(
-            {
-                "title": kind.title,
-                "meaning": f"{kind.meaning}{count}",
-                "value": _number(worst.value),
-                "limit": _limit(kind, worst),
-                "result": "passed" if worst.passed else _RESULTS[kind.severity],
-            }
-        )
-    return rows
+        groups[check.name].append(check)
+
+    def badness(check: Check) -> tuple[bool, float]:
+        beyond = check.value - check.limit
+        return not check.passed, -beyond if CHECKS[check.name].at_least else beyond
+
+    return [(max(group, key=badness), len(group)) for group in groups.values() if group]
 
 
-def _limit(kind: CheckKind, check: Check) -> str:
-    if check.limit == 0 and not kind.at_least:
+def _limit(check: Check) -> str:
+    at_least = CHECKS[check.name].at_least
+    if check.limit == 0 and not at_least:
         return "0"
-    return f"{'≥' if kind.at_least else '≤'} {_number(check.limit)}"
+    return f"{'≥' if at_least else '≤'} {_number(check.limit)}"
 
 
 def _lines(report: Report, checks: Sequence[Check]) -> list[str]:
@@ -270,24 +196,11 @@ def _lines(report: Report, checks: Sequence[Check]) -> list[str]:
 def _failure(check: Check) -> str:
     kind = CHECKS[check.name]
     doubt = f"{kind.doubt[0].upper()}{kind.doubt[1:]}. " if kind.doubt else ""
-    text = f"{doubt}{kind.title}: measured {_number(check.value)}, limit {_limit(kind, check)}."
+    text = f"{doubt}{kind.title}: measured {_number(check.value)}, limit {_limit(check)}."
     shown = "; ".join(check.detail[:_SHOWN_DETAILS])
     hidden = len(check.detail) - _SHOWN_DETAILS
     more = f"; and {hidden} more" if hidden > 0 else ""
     return _DIGEST.sub(r"\1…", f"{text} {shown}{more}".rstrip())
-
-
-def _blocks(blocks: Sequence[BlockNorm]) -> list[dict[str, Any]]:
-    largest = max((block.relative for block in blocks), default=0) or 1
-    return [
-        {
-            "name": block.name,
-            "text": f"{block.relative * 100:.2f}{_GAP}%",
-            "width": f"{block.relative / largest * 100:.2f}",
-            "parameters": _count(block.parameters),
-        }
-        for block in blocks
-    ]
 
 
 def _count(value: int) -> str:
@@ -310,40 +223,30 @@ def _seconds(value: float) -> str:
     return f"{value:.1f}{_GAP}s" if value < 100 else f"{value:.0f}{_GAP}s"
 
 
-class _Embedder:
-    """Turns pictures into data: addresses, smaller where all of them would be too much."""
+def _addresses(rows: Sequence[EditRow]) -> list[dict[str, str]]:
+    """Return each row's pictures as data: addresses, by their kind.
 
-    def __init__(self, rows: Sequence[EditRow]) -> None:
-        pictures = [
-            image
-            for row in rows
-            for image in (
-                row.source,
-                *(picture.image for picture in row.pictures.values()),
-                *([row.expected] if row.expected is not None else []),
-            )
-        ]
-        self._lossless = sum(map(_png_size_bytes, pictures)) <= _PNG_BUDGET_BYTES
+    They are smaller where all of them would be too much.
+    """
+    images = [image for row in rows for image in row.images.values()]
+    size_bytes = sum(len(_encode(image, "PNG", compress_level=1)) for image in images)
+    is_small = size_bytes <= _PNG_BUDGET_BYTES
+    return [{kind: _address(image, is_small) for kind, image in row.images.items()} for row in rows]
 
-    def __call__(self, image: Image.Image) -> str:
-        longer = max(image.size)
-        if longer <= _TINY_PIXELS or (self._lossless and longer <= _LARGE_PIXELS):
-            return _address("png", _encode(image, "PNG", optimize=True))
+
+def _address(image: Image.Image, is_lossless: bool) -> str:
+    longer = max(image.size)
+    if longer <= _TINY_PIXELS or (is_lossless and longer <= _LARGE_PIXELS):
+        kind, data = "png", _encode(image, "PNG", optimize=True)
+    else:
         if longer > _LARGE_PIXELS:
             image = image.copy()
             image.thumbnail((_LARGE_PIXELS, _LARGE_PIXELS), Image.Resampling.LANCZOS)
-        return _address("jpeg", _encode(image, "JPEG", quality=_QUALITY, subsampling=0))
-
-
-def _png_size_bytes(image: Image.Image) -> int:
-    return len(_encode(image, "PNG", compress_level=1))
+        kind, data = "jpeg", _encode(image, "JPEG", quality=_QUALITY, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
-
-
-def _address(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

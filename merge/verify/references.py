@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from merge._version import __version__
+from merge.editor.png import replacement
 from merge.editor.settings import EditSettings
 from merge.verify.model import Picture
 
@@ -109,14 +109,10 @@ class ReferenceCache:
             "seconds": picture.seconds,
         }
         info.add_text(_CHUNK, json.dumps(record))
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                picture.image.save(temporary, format="PNG", pnginfo=info)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacement(path) as partial:
+                picture.image.save(partial, format="PNG", pnginfo=info)
         except OSError as error:
             _LOG.warning("the target's picture is not kept: %s", error)
 

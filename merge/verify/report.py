@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.editor.png import save_png
+from merge.editor.png import replacement, save_png
 from merge.editor.settings import EditSettings
 from merge.json_files import json_bytes
 from merge.records.folder import IMAGES_NAME, PAGE_NAME, REPORT_NAME
@@ -86,27 +85,31 @@ def write_report(folder: Path, report: Report, page: str) -> None:
     images = folder / IMAGES_NAME
     try:
         images.mkdir(exist_ok=True)
-        current = set()
+        current: set[str] = set()
         for index, row in enumerate(report.rows):
-            for kind, name in image_names(index, row).items():
-                current.add(name)
-                _write_image(folder / name, row, kind)
+            names = image_names(index, row)
+            current.update(names.values())
+            for kind, image in row.images.items():
+                path = folder / names[kind]
+                if kind in row.pictures:
+                    save_png(image, path, row.pictures[kind].settings, row.edit.instruction)
+                    continue
+                with replacement(path) as partial:
+                    image.save(partial, format="PNG")
         for path in images.iterdir():
             if _IMAGE_NAME.fullmatch(path.name) and f"{IMAGES_NAME}/{path.name}" not in current:
                 path.unlink()
-        _replace(folder / PAGE_NAME, page.encode())
-        _replace(folder / REPORT_NAME, json_bytes(report_to_json(report)))
+        files = {PAGE_NAME: page.encode(), REPORT_NAME: json_bytes(report_to_json(report))}
+        for name, data in files.items():
+            with replacement(folder / name) as partial:
+                partial.write_bytes(data)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
 
 
 def image_names(index: int, row: EditRow) -> dict[str, str]:
     """Return kind of picture to its file, relative to the folder."""
-    expected = ("expected",) if row.expected is not None else ()
-    return {
-        kind: f"{IMAGES_NAME}/{index:02d}-{row.seed}-{kind}.png"
-        for kind in ("source", *row.pictures, *expected)
-    }
+    return {kind: f"{IMAGES_NAME}/{index:02d}-{row.seed}-{kind}.png" for kind in row.images}
 
 
 def report_to_json(report: Report) -> dict[str, Any]:
@@ -162,15 +165,12 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _check_tree(check: Check) -> dict[str, Any]:
+    kind = CHECKS[check.name]
     return {
-        "name": check.name,
-        "value": check.value,
-        "limit": check.limit,
-        "rule": "at least" if CHECKS[check.name].at_least else "at most",
-        "passed": check.passed,
-        "severity": CHECKS[check.name].severity,
-        "edit": check.edit,
+        **dataclasses.asdict(check),
         "detail": list(check.detail),
+        "rule": kind.rule,
+        "severity": kind.severity,
     }
 
 
@@ -202,31 +202,3 @@ def _row_tree(index: int, row: EditRow) -> dict[str, Any]:
             for kind, picture in row.pictures.items()
         },
     }
-
-
-def _write_image(path: Path, row: EditRow, kind: str) -> None:
-    if kind in row.pictures:
-        picture = row.pictures[kind]
-        save_png(picture.image, path, picture.settings, row.edit.instruction)
-        return
-    image = row.source if kind == "source" else row.expected
-    assert image is not None
-    temporary = _temporary(path)
-    try:
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = _temporary(path)
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -104,17 +104,9 @@ def _share(editor: Editor, sample: Sample, timestep: int, power: float, kind: st
     generator = torch.Generator("cpu").manual_seed(_SEED)
     noise = torch.randn(sample.latents.shape, generator=generator)
     noisy = alpha * sample.latents + beta * noise
-    added = None
-    if conditions.pooled is not None:
-        added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
-    prediction = unet(
-        torch.cat([editor.move(noisy), conditions.image_latents], dim=1).to(unet.dtype),
-        torch.tensor(timestep, device=editor.device),
-        encoder_hidden_states=conditions.states,
-        added_cond_kwargs=added,
-        return_dict=False,
-    )[0]
-    prediction = prediction.float().cpu()
+    inputs = torch.cat([editor.move(noisy), conditions.image_latents], dim=1).to(unet.dtype)
+    step = torch.tensor(timestep, device=editor.device)
+    prediction = conditions.predict(unet, inputs, step).cpu()
     if kind == "epsilon":
         found = prediction
     elif kind == "v_prediction":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from PIL import Image
 
 from merge.editor.load import Editor
+from merge.editor.result import in_8_bits
 from merge.editor.vae import encode_pictures
 
 
@@ -25,5 +25,4 @@ def round_trip(
             latents = encode_pictures(editor, [image])
         decoded = editor.pipeline.vae.decode(latents, return_dict=False)[0][0]
         values = (decoded.float() * 0.5 + 0.5).permute(1, 2, 0).cpu().numpy()
-    values = np.nan_to_num(values, nan=0.0).clip(0, 1)
-    return Image.fromarray((values * 255).round().astype(np.uint8))
+    return in_8_bits(values)

@@ -54,12 +54,11 @@ def describe(checks: Iterable[Check]) -> list[str]:
     lines = []
     for check in checks:
         where = "" if check.edit is None else f" of edit {check.edit}"
-        word = "at least" if CHECKS[check.name].at_least else "at most"
+        kind = CHECKS[check.name]
         shown = ", ".join(check.detail[:_SHOWN_DETAILS])
         more = ", ..." if len(check.detail) > _SHOWN_DETAILS else ""
-        doubt = CHECKS[check.name].doubt
         lines.append(
-            f"{check.name}{where} is {check.value:g} and must be {word} {check.limit:g}"
-            f"{f' ({shown}{more})' if shown else ''}{f': {doubt}' if doubt else ''}"
+            f"{check.name}{where} is {check.value:g} and must be {kind.rule} {check.limit:g}"
+            f"{f' ({shown}{more})' if shown else ''}{f': {kind.doubt}' if kind.doubt else ''}"
         )
     return lines

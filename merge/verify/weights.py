@@ -7,29 +7,27 @@ few megabytes of memory, and no model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from merge.engine.buffers import TORCH_DTYPES
 from merge.family.model import Blocks
 from merge.family.registry import main_names, recognise
-from merge.header.model import TensorSpec
 from merge.reader.checkpoint import Checkpoint, FileReader, read_checkpoint
 from merge.sources.select import select_weights
+from merge.verify.metrics import Values
 from merge.verify.model import BlockNorm
 
 _CHUNK_ELEMENTS = 2 * 1024 * 1024
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_DTYPES = {**TORCH_DTYPES, "F64": torch.float64}
+
+# Returns some elements of a tensor, by its key, the first one's index and their number.
+Read = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +76,20 @@ def measure_weights(
     found = recognise(ours.shapes)
     groups = found.family.blocks if found is not None else Blocks()
     non_finite: dict[str, int] = {}
-    squares: dict[str, list[float]] = {}
+    squares: dict[str, Values] = {}
     with ExitStack() as stack:
-        our_readers = [stack.enter_context(FileReader(file.path)) for file in ours.files]
-        their_files = theirs.files if theirs is not None else ()
-        their_readers = [stack.enter_context(FileReader(file.path)) for file in their_files]
-        for key, (index, spec) in ours.tensors.items():
+        ours_of = stack.enter_context(_opened(ours))
+        theirs_of = stack.enter_context(_opened(theirs)) if theirs is not None else None
+        for key, (_, spec) in ours.tensors.items():
             if stop is not None and stop.is_set():
                 break
             if spec.dtype not in _DTYPES:
                 continue
-            other = None
-            if theirs is not None:
-                their_index, their_spec = theirs.tensors[key]
-                other = (their_readers[their_index], their_spec)
-            count, moved, size = _measure_tensor(our_readers[index], spec, other)
+            count, moved, size = _measure_tensor(key, spec.element_count, ours_of, theirs_of)
             if count:
                 non_finite[key] = count
-            total = squares.setdefault(groups.group(key), [0.0, 0.0, 0])
-            total[0] += moved
-            total[1] += size
-            total[2] += spec.element_count
+            total = squares.setdefault(groups.group(key), np.zeros(3))
+            total += (moved, size, spec.element_count)
     return WeightsMeasured(non_finite, _blocks(squares, groups) if theirs is not None else ())
 
 
@@ -124,11 +115,9 @@ def load_weights(module: torch.nn.Module, files: Sequence[Path]) -> bool:
     )
     if not fits:
         return False
-    with ExitStack() as stack, torch.no_grad():
-        readers = [stack.enter_context(FileReader(file.path)) for file in checkpoint.files]
-        for key, (index, spec) in checkpoint.tensors.items():
-            values = _read(readers[index], spec, 0, spec.element_count)
-            state[key].copy_(values.view(spec.shape))
+    with _opened(checkpoint) as read, torch.no_grad():
+        for key, (_, spec) in checkpoint.tensors.items():
+            state[key].copy_(read(key, 0, spec.element_count).view(spec.shape))
     return True
 
 
@@ -141,21 +130,19 @@ def _is_comparable(ours: Checkpoint, theirs: Checkpoint) -> bool:
 
 
 def _measure_tensor(
-    reader: FileReader, spec: TensorSpec, other: tuple[FileReader, TensorSpec] | None
+    key: str, elements: int, read: Read, read_other: Read | None
 ) -> tuple[int, float, float]:
     """Return the number of non-finite values, and the squared norms of the move and the target.
 
     The differences are float32, their squares are summed in float64.
     """
     count, moved, size = 0, 0.0, 0.0
-    for first in range(0, spec.element_count, _CHUNK_ELEMENTS):
-        length = min(_CHUNK_ELEMENTS, spec.element_count - first)
-        values = _read(reader, spec, first, length)
-        finite = torch.isfinite(values)
-        if not bool(finite.all()):
-            count += length - int(finite.sum())
-        if other is not None:
-            before = _read(*other, first, length)
+    for first in range(0, elements, _CHUNK_ELEMENTS):
+        length = min(_CHUNK_ELEMENTS, elements - first)
+        values = read(key, first, length)
+        count += length - int(torch.isfinite(values).sum())
+        if read_other is not None:
+            before = read_other(key, first, length)
             moved += _squared_norm(values - before)
             size += _squared_norm(before)
     return count, moved, size
@@ -165,21 +152,27 @@ def _squared_norm(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
-def _read(reader: FileReader, spec: TensorSpec, first: int, length: int) -> torch.Tensor:
-    width = spec.size_bytes // spec.element_count
-    buffer = bytearray(length * width)
-    reader.read_into(memoryview(buffer), spec.start + first * width)
-    values = torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype])
-    # What is finite in float64 need not be so in float32.
-    return values if spec.dtype == "F64" else values.to(torch.float32)
+@contextmanager
+def _opened(checkpoint: Checkpoint) -> Iterator[Read]:
+    """Open the files of a checkpoint, and give what reads their tensors."""
+    with ExitStack() as stack:
+        readers = [stack.enter_context(FileReader(file.path)) for file in checkpoint.files]
+
+        def read(key: str, first: int, length: int) -> torch.Tensor:
+            index, spec = checkpoint.tensors[key]
+            width = spec.size_bytes // spec.element_count
+            buffer = bytearray(length * width)
+            readers[index].read_into(memoryview(buffer), spec.start + first * width)
+            values = torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype])
+            # What is finite in float64 need not be so in float32.
+            return values if spec.dtype == "F64" else values.to(torch.float32)
+
+        yield read
 
 
-def _blocks(squares: Mapping[str, Sequence[float]], groups: Blocks) -> tuple[BlockNorm, ...]:
-    return tuple(
-        BlockNorm(
-            name,
-            (squares[name][0] / squares[name][1]) ** 0.5 if squares[name][1] else 0.0,
-            int(squares[name][2]),
-        )
-        for name in sorted(squares, key=groups.group_rank)
-    )
+def _blocks(squares: Mapping[str, Values], groups: Blocks) -> tuple[BlockNorm, ...]:
+    blocks = []
+    for name in sorted(squares, key=groups.group_rank):
+        moved, size, count = squares[name].tolist()
+        blocks.append(BlockNorm(name, (moved / size) ** 0.5 if size else 0.0, int(count)))
+    return tuple(blocks)

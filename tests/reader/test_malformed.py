@@ -19,7 +19,8 @@ from merge.errors import CheckpointError, MergeError
 from merge.header.encode import encode_header
 from merge.reader.checkpoint import FileReader, read_checkpoint, read_header
 from tests.archives import checkpoint, mapping, program
-from tests.header import test_header, test_pickles, test_pickles_archive, test_pickles_attacks
+from tests.header import test_header
+from tests.reader import test_pickles, test_pickles_archive, test_pickles_attacks
 
 MEMORY_BYTES = 50 * 2**20
 # A header is looked at in three pieces: what the file is, its length, its text.

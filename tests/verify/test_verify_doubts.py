@@ -229,13 +229,13 @@ def test_the_share_is_that_of_diffusers(
     noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(0x5EED0FF5))
     noisy = oracle.add_noise(sample.latents, noise, torch.tensor([100]))
     conditions = sample.conditions
-    added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
+    assert (conditions.added is not None) == (arch == "sdxl")
     with torch.inference_mode():
         output = editor.pipeline.unet(
             torch.cat([noisy, conditions.image_latents], 1),
             100,
             conditions.states,
-            added_cond_kwargs=added if arch == "sdxl" else None,
+            added_cond_kwargs=conditions.added,
         ).sample
     clean = oracle.step(output, 100, noisy).pred_original_sample
     found = (noisy - oracle.alphas_cumprod[100].sqrt() * clean) / (
