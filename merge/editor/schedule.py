@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +15,7 @@ from merge.editor.settings import EditSettings
 from merge.errors import ImageError
 
 
-class Schedule(ABC):
+class Schedule(Protocol):
     """What the loop asks of a scheduler; good for one run.
 
     Everything that a step reads stays on the CPU: a step that looked a number up on the GPU would
@@ -28,22 +27,19 @@ class Schedule(ABC):
         noises: Tensors of noise that the steps take from outside.
     """
 
-    noises = 0
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-        self.timesteps: torch.Tensor = scheduler.timesteps
-        self.init_noise_sigma = float(scheduler.init_noise_sigma)
+    timesteps: torch.Tensor
+    init_noise_sigma: float
+    noises: int
 
     def scale(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """Return what the UNet of step `index` is given for these latents."""
-        return latents
+        ...
 
-    @abstractmethod
     def step(
         self, index: int, prediction: torch.Tensor, latents: torch.Tensor, noise: Noise
     ) -> torch.Tensor:
         """Return the latents after step `index`, all in float32."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -120,7 +116,19 @@ def make_schedule(scheduler: Any, settings: EditSettings) -> Schedule:
     return _StockSchedule(scheduler)
 
 
-class _LcmSchedule(Schedule):
+@dataclass(frozen=True, slots=True)
+class _LcmStep:
+    """The numbers of one step, each a float32 scalar on the CPU."""
+
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    c_skip: torch.Tensor
+    c_out: torch.Tensor
+    next_alpha: torch.Tensor
+    next_beta: torch.Tensor
+
+
+class _LcmSchedule:
     """LCMScheduler's step with noise that was drawn and moved before the loop.
 
     The scheduler itself would draw at every step and make the GPU wait for the copy. The operations
@@ -130,38 +138,60 @@ class _LcmSchedule(Schedule):
     """
 
     def __init__(self, scheduler: Any) -> None:
-        super().__init__(scheduler)
+        self.timesteps: torch.Tensor = scheduler.timesteps
+        self.init_noise_sigma = float(scheduler.init_noise_sigma)
         self.noises = len(self.timesteps) - 1
+        self._prediction_type = scheduler.config.prediction_type
+        self._clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
+        self._steps = []
+        for index, timestep in enumerate(self.timesteps):
+            following = self.timesteps[min(index + 1, self.noises)]
+            alpha, next_alpha = (scheduler.alphas_cumprod[t] for t in (timestep, following))
+            c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(timestep)
+            self._steps.append(
+                _LcmStep(
+                    alpha.sqrt(),
+                    (1 - alpha).sqrt(),
+                    c_skip,
+                    c_out,
+                    next_alpha.sqrt(),
+                    (1 - next_alpha).sqrt(),
+                )
+            )
+
+    def scale(self, latents: torch.Tensor, index: int) -> torch.Tensor:
+        return latents
 
     def step(
         self, index: int, prediction: torch.Tensor, latents: torch.Tensor, noise: Noise
     ) -> torch.Tensor:
-        config = self._scheduler.config
-        alpha, beta = self._shares(index)
-        if config.prediction_type == "epsilon":
-            clean = (latents - beta * prediction) / alpha
-        elif config.prediction_type == "v_prediction":
-            clean = alpha * latents - beta * prediction
+        numbers = self._steps[index]
+        if self._prediction_type == "epsilon":
+            clean = (latents - numbers.beta * prediction) / numbers.alpha
+        elif self._prediction_type == "v_prediction":
+            clean = numbers.alpha * latents - numbers.beta * prediction
         else:
             clean = prediction
-        if config.clip_sample:
-            clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
-        timestep = self.timesteps[index]
-        c_skip, c_out = self._scheduler.get_scalings_for_boundary_condition_discrete(timestep)
-        denoised: torch.Tensor = c_out * clean + c_skip * latents
+        if self._clip is not None:
+            clean = clean.clamp(-self._clip, self._clip)
+        denoised = numbers.c_out * clean + numbers.c_skip * latents
         if index == self.noises:
             return denoised
-        alpha, beta = self._shares(index + 1)
-        return alpha * denoised + beta * noise.steps[index]
-
-    def _shares(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what picture and noise are multiplied by at a step, as scalars on the CPU."""
-        power = self._scheduler.alphas_cumprod[self.timesteps[index]]
-        return power.sqrt(), (1 - power).sqrt()
+        return numbers.next_alpha * denoised + numbers.next_beta * noise.steps[index]
 
 
-class _StockSchedule(Schedule):
+class _StockSchedule:
     """Any scheduler of diffusers by its own step."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self.timesteps: torch.Tensor = scheduler.timesteps
+        self.init_noise_sigma = float(scheduler.init_noise_sigma)
+        self.noises = 0
+        parameters = inspect.signature(scheduler.step).parameters
+        # As the pipelines do; the default of some is another.
+        self._arguments: dict[str, Any] = {"eta": 0.0} if "eta" in parameters else {}
+        self._draws = "generator" in parameters
 
     def scale(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         scaled: torch.Tensor = self._scheduler.scale_model_input(latents, self.timesteps[index])
@@ -170,14 +200,13 @@ class _StockSchedule(Schedule):
     def step(
         self, index: int, prediction: torch.Tensor, latents: torch.Tensor, noise: Noise
     ) -> torch.Tensor:
-        known = inspect.signature(self._scheduler.step).parameters
-        # As the pipelines do; the default of some is another.
-        extra = {"eta": 0.0, "generator": noise.generators}
+        drawing = {"generator": noise.generators} if self._draws else {}
         following: torch.Tensor = self._scheduler.step(
             prediction,
             self.timesteps[index],
             latents,
-            **{name: value for name, value in extra.items() if name in known},
+            **self._arguments,
+            **drawing,
             return_dict=False,
         )[0]
         return following
