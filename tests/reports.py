@@ -12,7 +12,7 @@ from merge.editor.settings import EditSettings
 from merge.verify.checks import make_check
 from merge.verify.drawings import draw_picture
 from merge.verify.edits import DEFAULT_EDITS
-from merge.verify.model import BlockNorm, CompareOptions, EditRow, Picture, Target
+from merge.verify.model import BlockNorm, ComparedTarget, CompareOptions, EditRow, Picture
 from merge.verify.report import Report
 
 SETTINGS = EditSettings(resolution=64)
@@ -53,7 +53,7 @@ def make_report(*, size: int = 64, compared: bool = False, **changes: Any) -> Re
         "rows": tuple(rows),
     }
     if compared:
-        fields["target"] = Target("org/target", "c" * 40, Path("/nowhere"), (), {})
+        fields["target"] = ComparedTarget("org/target", "c" * 40, Path("/nowhere"), (), {})
         fields["compare"] = CompareOptions("org/target")
         fields["blocks"] = tuple(
             BlockNorm(name, index / 50, 10**index) for index, name in enumerate(BLOCKS)

@@ -189,6 +189,17 @@ def test_every_room_has_its_tests_in_a_folder_of_its_name() -> None:
     assert rooms <= {path.parent.name for path in tests.glob("*/test_*.py")}
 
 
+def test_functions_stay_short() -> None:
+    long = [
+        f"{path.name}:{node.name}"
+        for path in module_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+        if node.end_lineno - node.lineno >= 80
+    ]
+    assert long == []
+
+
 def test_doors_can_be_counted() -> None:
     """A newcomer finds the room for a line by its name: few rooms, each of one subject."""
     assert len([name for name in LAYERS if not name.startswith("_")]) <= 25

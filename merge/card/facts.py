@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge.card.fields import Fields
+from merge.card.fields import RecordFields
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.family.model import Family
 from merge.family.registry import family_named
@@ -98,8 +98,8 @@ class CardFacts:
         edits: Of the report, with pictures.
     """
 
-    manifest: Fields
-    recipe: Fields
+    manifest: RecordFields
+    recipe: RecordFields
     family: Family
     parents: tuple[Parent, ...]
     scheduler: str
@@ -107,7 +107,7 @@ class CardFacts:
     is_pipeline: bool
     has_folder_weights: bool
     has_main_config: bool
-    report: Fields | None
+    report: RecordFields | None
     checks: tuple[CheckFacts, ...]
     edits: tuple[EditFacts, ...]
 
@@ -132,8 +132,8 @@ def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
         raise SourceNotFoundError(
             f"{folder} has no {name}", hint="only outputs of `run` have a card"
         )
-    manifest = Fields(records.manifest, MANIFEST_NAME)
-    recipe = Fields(records.recipe, LOCK_NAME)
+    manifest = RecordFields(records.manifest, MANIFEST_NAME)
+    recipe = RecordFields(records.recipe, LOCK_NAME)
     architecture = manifest.text("architecture")
     family = family_named(architecture)
     if family is None:
@@ -156,7 +156,7 @@ def read_facts(folder: Path, names: Collection[str] | None = None) -> CardFacts:
     )
 
 
-def _parents(inputs: Fields, recipe: Fields) -> tuple[Parent, ...]:
+def _parents(inputs: RecordFields, recipe: RecordFields) -> tuple[Parent, ...]:
     distilled = recipe.table("models").tables("distilled")
     weights = {
         "distilled" if len(distilled) == 1 else f"distilled[{index}]": ref.number("weight", 1.0)
@@ -167,7 +167,7 @@ def _parents(inputs: Fields, recipe: Fields) -> tuple[Parent, ...]:
     return tuple(_parent(role, inputs.table(role), weights.get(role)) for role in roles)
 
 
-def _parent(role: str, record: Fields, weight: float | None) -> Parent:
+def _parent(role: str, record: RecordFields, weight: float | None) -> Parent:
     if "repo" not in record:
         return Parent(role, record.text("name"), "", weight)
     repo, commit = record.text("repo"), record.text("commit")
@@ -176,12 +176,12 @@ def _parent(role: str, record: Fields, weight: float | None) -> Parent:
     return Parent(role, repo, commit, weight)
 
 
-def _read_report(records: OutputRecords, manifest: Fields) -> Fields | None:
+def _read_report(records: OutputRecords, manifest: RecordFields) -> RecordFields | None:
     """Return the report, or None where there is none; that of another model is refused."""
     tree = records.report
     if tree is None:
         return None
-    report = Fields(tree, REPORT_NAME)
+    report = RecordFields(tree, REPORT_NAME)
     digest = report.table("summary").text("recipe_digest", "")
     if digest and digest != manifest.text("recipe_digest", digest):
         raise CheckpointError(
@@ -192,8 +192,8 @@ def _read_report(records: OutputRecords, manifest: Fields) -> Fields | None:
     return report
 
 
-def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
-    kinds: dict[str, list[Fields]] = {}
+def _checks(checks: tuple[RecordFields, ...]) -> tuple[CheckFacts, ...]:
+    kinds: dict[str, list[RecordFields]] = {}
     for check in checks:
         kinds.setdefault(check.text("name"), []).append(check)
     return tuple(
@@ -209,7 +209,7 @@ def _checks(checks: tuple[Fields, ...]) -> tuple[CheckFacts, ...]:
     )
 
 
-def _edits(folder: Path, edits: tuple[Fields, ...]) -> tuple[EditFacts, ...]:
+def _edits(folder: Path, edits: tuple[RecordFields, ...]) -> tuple[EditFacts, ...]:
     """Return the edits both of whose pictures are there."""
     shown = []
     for edit in edits:
@@ -224,7 +224,7 @@ def _edits(folder: Path, edits: tuple[Fields, ...]) -> tuple[EditFacts, ...]:
     return tuple(shown)
 
 
-def _settings(edit: Fields) -> str:
+def _settings(edit: RecordFields) -> str:
     settings = edit.table("settings")
     timesteps = settings.counts("timesteps")
     at = f" at {' '.join(map(str, timesteps))}" if timesteps else ""

@@ -12,7 +12,7 @@ _MISSING: Any = object()
 _MAX_NUMBER = 2**64
 
 
-class Fields:
+class RecordFields:
     """A table of a record.
 
     Every method takes a key and what to return when it is missing or null; without that it is an
@@ -60,15 +60,15 @@ class Fields:
         """Return a whole number."""
         return int(self._bounded(key, default, int, "a whole number"))
 
-    def table(self, key: str) -> Fields:
+    def table(self, key: str) -> RecordFields:
         """Return a table; an empty one when it is missing."""
-        return Fields(self._get(key, {}, dict, "a table"), f"{self._where}: {key}")
+        return RecordFields(self._get(key, {}, dict, "a table"), f"{self._where}: {key}")
 
-    def tables(self, key: str) -> tuple[Fields, ...]:
+    def tables(self, key: str) -> tuple[RecordFields, ...]:
         """Return a list of tables; an empty one when it is missing."""
         items = self._get(key, [], list, "a list")
         return tuple(
-            Fields(item, f"{self._where}: {key}[{index}]") for index, item in enumerate(items)
+            RecordFields(item, f"{self._where}: {key}[{index}]") for index, item in enumerate(items)
         )
 
     def counts(self, key: str) -> tuple[int, ...]:

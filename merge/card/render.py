@@ -15,7 +15,7 @@ import yaml
 
 from merge.card.escape import code, fenced, one_line, prose
 from merge.card.facts import HUB_ID, CardFacts, read_facts
-from merge.card.fields import Fields
+from merge.card.fields import RecordFields
 from merge.card.metadata import CardLicence, front_matter
 from merge.errors import CheckpointError
 from merge.methods.model import Method
@@ -79,7 +79,7 @@ def render_card(
         left_out=len(facts.manifest.tables("left_out")),
         notes=_notes_of_parents(facts, licence.notes if licence else ()),
         weight_files=[
-            (name, Fields(files[name], f"{MANIFEST_NAME}: {name}"))
+            (name, RecordFields(files[name], f"{MANIFEST_NAME}: {name}"))
             for name in sorted(files)
             if name.endswith(".safetensors")
         ],
@@ -114,7 +114,7 @@ def _template() -> jinja2.Template:
     return environment.get_template("card.md")
 
 
-def _verdict(facts: CardFacts, report: Fields) -> str:
+def _verdict(facts: CardFacts, report: RecordFields) -> str:
     failed = sum(check.failed for check in facts.checks if not check.only_warns)
     total = sum(len(check.values) for check in facts.checks)
     word, text = "**Failed**", f"{failed} of {total} checks failed"
@@ -124,12 +124,12 @@ def _verdict(facts: CardFacts, report: Fields) -> str:
     return f"{word}: {_plain(report.text('verdict', '') or text)}"
 
 
-def _params(recipe: Fields, method: Method | None) -> list[tuple[str, str]]:
+def _params(recipe: RecordFields, method: Method | None) -> list[tuple[str, str]]:
     """Return the method's parameters as they counted, with defaults where it is a known one."""
     given = recipe.table("params")
     defaults = {param.name: param.default for param in method.params} if method else {}
     params = {**defaults, **given.tree}
-    fields = Fields(params, f"{LOCK_NAME}: params")
+    fields = RecordFields(params, f"{LOCK_NAME}: params")
     shown = []
     for key, value in params.items():
         if not isinstance(value, bool):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merge.cli.edit_targets import Target, check_outputs, folder_targets, image_targets
+from merge.cli.edit_targets import EditTarget, check_outputs, folder_targets, image_targets
 from merge.cli.options import (
     PATH,
     STEPS,
@@ -233,9 +233,9 @@ class _Work:
     editor: Editor
     settings: EditSettings
     instruction: str
-    targets: Sequence[Target]
+    targets: Sequence[EditTarget]
     picture: Image | None
-    pending: deque[Target] = field(default_factory=deque)
+    pending: deque[EditTarget] = field(default_factory=deque)
     failures: dict[Path, MergeError] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -272,7 +272,7 @@ class _Work:
                 self.pending.append(target)
                 yield EditRequest(picture, self.instruction, target.seed)
 
-    def keep(self, target: Target, result: EditResult) -> None:
+    def keep(self, target: EditTarget, result: EditResult) -> None:
         from merge.editor.png import save_png
 
         if result.non_finite_count:
@@ -326,7 +326,7 @@ class _Work:
         return f"{what}, {self.settings.steps} steps, {unet_rows} UNet rows, {seconds:.1f} s"
 
 
-def _describe(target: Target, instruction: str, result: EditResult) -> dict[str, Any]:
+def _describe(target: EditTarget, instruction: str, result: EditResult) -> dict[str, Any]:
     stages = asdict(result.stages)
     return {
         "image": str(target.image),

@@ -16,7 +16,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class EditTarget:
     """One picture to make.
 
     Attributes:
@@ -30,7 +30,7 @@ class Target:
     output: Path
 
 
-def image_targets(image: Path, output: Path, seeds: Sequence[int]) -> list[Target]:
+def image_targets(image: Path, output: Path, seeds: Sequence[int]) -> list[EditTarget]:
     """Return the edits of one picture; with several seeds, `-SEED` goes before the suffix.
 
     Raises:
@@ -38,10 +38,10 @@ def image_targets(image: Path, output: Path, seeds: Sequence[int]) -> list[Targe
     """
     if output.suffix.lower() != ".png":
         raise click.BadParameter(f"{output} must end in .png", param_hint="'-o'")
-    return [Target(image, seed, _with_seed(output, seed, seeds)) for seed in seeds]
+    return [EditTarget(image, seed, _with_seed(output, seed, seeds)) for seed in seeds]
 
 
-def folder_targets(folder: Path, output: Path, seeds: Sequence[int]) -> list[Target]:
+def folder_targets(folder: Path, output: Path, seeds: Sequence[int]) -> list[EditTarget]:
     """Return the edits of a folder's pictures, by name: NAME.png, or NAME-SEED.png for several.
 
     Files of other kinds and hidden ones are no pictures here; the files are not opened.
@@ -70,7 +70,7 @@ def folder_targets(folder: Path, output: Path, seeds: Sequence[int]) -> list[Tar
     clash = any(count > 1 for count in Counter(path.stem.casefold() for path in files).values())
     places = {path: output / f"{path.name if clash else path.stem}.png" for path in files}
     return [
-        Target(path, seed, _with_seed(place, seed, seeds))
+        EditTarget(path, seed, _with_seed(place, seed, seeds))
         for path, place in places.items()
         for seed in seeds
     ]
@@ -83,7 +83,7 @@ def _with_seed(output: Path, seed: int, seeds: Sequence[int]) -> Path:
     return output.with_name(f"{output.stem}-{seed}{output.suffix}")
 
 
-def check_outputs(targets: Sequence[Target], *, overwrite: bool) -> None:
+def check_outputs(targets: Sequence[EditTarget], *, overwrite: bool) -> None:
     """Refuse to write over anything, before any work is done.
 
     Raises:

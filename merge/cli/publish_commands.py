@@ -13,7 +13,7 @@ from merge.cli.options import PATH, command, json_option
 from merge.cli.output import Bars, is_quiet, print_json, remark
 
 if TYPE_CHECKING:
-    from merge.publication.model import Prepared
+    from merge.publication.model import PreparedUpload
 
 
 @command(
@@ -82,7 +82,7 @@ def publish_command(
         click.echo(published.url)
 
 
-def _print_prepared(prepared: Prepared, as_json: bool) -> None:
+def _print_prepared(prepared: PreparedUpload, as_json: bool) -> None:
     from merge.plan.render import format_bytes
 
     if as_json:

@@ -21,7 +21,7 @@ from merge.writer.copies.single_file import plan_components
 
 
 @dataclass(frozen=True, slots=True)
-class SingleFile:
+class OpenedFile:
     """What a single file holds.
 
     Attributes:
@@ -46,7 +46,7 @@ def read_single_file(
     ema: str | bool = "auto",
     exclude: Sequence[str] = (),
     allow_pickle: bool = False,
-) -> SingleFile:
+) -> OpenedFile:
     """Read the headers of a single file and everything that its configs say of it.
 
     Args:
@@ -82,7 +82,7 @@ def read_single_file(
         _check_prediction(intake.prediction, configs)
         parts, notes = fit_parts(configs, relayout.copies)
     left_out = {**relayout.left_out, **intake.left_out, **excluded, **dict(checkpoint.left_out)}
-    return SingleFile(checkpoint, parts, configs, left_out, (*intake.warnings, *notes))
+    return OpenedFile(checkpoint, parts, configs, left_out, (*intake.warnings, *notes))
 
 
 def _check_kind(prediction: Prediction) -> None:

@@ -22,6 +22,7 @@ from merge.extract.model import ExtractedLayer, ExtractResult, LeftOutDelta
 from merge.extract.names import FORMS, factor_names, module_name, reason_against
 from merge.header.dtypes import DTYPE_CODES
 from merge.header.encode import encode_header
+from merge.methods.table import METHODS
 from merge.plan.build import build_plan
 from merge.plan.model import MergePlan, TensorPlan
 from merge.reader.checkpoint import FileReader
@@ -34,7 +35,6 @@ from merge.writer.tensors import TensorFileWriter, write_error
 DEFAULT_RANK = 64
 DEFAULT_MAX_RANK = 512
 DTYPES = ("float16", "bfloat16", "float32")
-_METHOD = "add_difference"
 _SUFFIX = ".safetensors"
 
 # Stage, what is done, of how much.
@@ -60,7 +60,7 @@ def extract_lora(
     file appears complete or not at all.
 
     Args:
-        recipe: Its method must be `add_difference`.
+        recipe: Its method must be one that only adds deltas, as `add_difference` does.
         out: A new `.safetensors` file.
         rank: Of every layer; 64 when `energy` is not given either.
         energy: In place of `rank`: each layer gets the smallest rank that keeps this part of its
@@ -92,20 +92,8 @@ def extract_lora(
         )
     output = OutputFile(out, overwrite=overwrite)
     output.check()
-    if recipe.method != _METHOD:
-        raise RecipeError(
-            f"the method {recipe.method} has no delta of its own that a LoRA could hold",
-            ["its result depends on the target's values or on all deltas at once"],
-            hint=f"extract with method={_METHOD}",
-        )
-    plan = build_plan(recipe, resolve_sources(recipe))
+    plan = _plan(recipe)
     refuse_overlap(out, (file.path for file in plan.files))
-    if not any(tensor.is_merged for tensor in plan.tensors):
-        raise PlanError(
-            "there is nothing to extract: the recipe adds nothing to any tensor",
-            [],
-            hint="is its weight 0?",
-        )
     where = choose_device(device)
     try:
         with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
@@ -127,6 +115,25 @@ def extract_lora(
         tuple(job.unchanged),
         tuple(plan.family.blocks.sort({layer.block for layer in job.layers if layer.block})),
     )
+
+
+def _plan(recipe: Recipe) -> MergePlan:
+    """Plan a recipe whose deltas a LoRA can hold."""
+    if not METHODS[recipe.method].is_sum:
+        sums = [name for name, method in METHODS.items() if method.is_sum]
+        raise RecipeError(
+            f"the method {recipe.method} has no delta of its own that a LoRA could hold",
+            ["its result depends on the target's values or on all deltas at once"],
+            hint=f"extract with method={' or '.join(sums)}",
+        )
+    plan = build_plan(recipe, resolve_sources(recipe))
+    if not any(tensor.is_merged for tensor in plan.tensors):
+        raise PlanError(
+            "there is nothing to extract: the recipe adds nothing to any tensor",
+            [],
+            hint="is its weight 0?",
+        )
+    return plan
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from merge.card.render import CARD_NAME
 from merge.errors import CheckpointError, PublishError, VerificationError
 from merge.family.registry import family_named
 from merge.publication.card import final_card, stated_licence
-from merge.publication.model import Prepared
+from merge.publication.model import PreparedUpload
 from merge.publication.parents import decide
 from merge.publication.scan import scan
 from merge.records.folder import (
@@ -45,7 +45,7 @@ def prepare(
     license: str | None = None,
     only: str | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
-) -> Prepared:
+) -> PreparedUpload:
     """Check an export and decide what of it is published, and under which licence.
 
     Args:
@@ -79,7 +79,7 @@ def prepare(
         )
     sizes = {name: (folder / name).stat().st_size for name in names}
     sizes[CARD_NAME] = len(card.encode())
-    return Prepared(
+    return PreparedUpload(
         folder=folder,
         repo_id=repo_id,
         sizes=dict(sorted(sizes.items())),

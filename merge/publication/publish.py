@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from merge._version import __version__
 from merge.card.render import CARD_NAME
 from merge.errors import MergeError, PublishError
-from merge.publication.model import Prepared, Published
+from merge.publication.model import PreparedUpload, Published
 from merge.publication.prepare import listed, prepare
 from merge.writer.file import write_atomically
 
@@ -85,7 +85,7 @@ def publish(
     return Published(repo_id, url, commit, notes)
 
 
-def _send(api: HfApi, prepared: Prepared, parent: str, create_pr: bool) -> tuple[str, str]:
+def _send(api: HfApi, prepared: PreparedUpload, parent: str, create_pr: bool) -> tuple[str, str]:
     """Upload the files onto a commit; return the new commit and its address."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -136,7 +136,7 @@ def _open_repository(api: HfApi, repo_id: str, public: bool) -> str:
     return str(info.sha)
 
 
-def _write_card(prepared: Prepared) -> None:
+def _write_card(prepared: PreparedUpload) -> None:
     path = prepared.folder / CARD_NAME
     if path.is_symlink():
         # Of a download in the Hub's cache, whose blobs are shared.
@@ -144,7 +144,7 @@ def _write_card(prepared: Prepared) -> None:
     write_atomically(path, prepared.card.encode())
 
 
-def _check_arrival(api: HfApi, prepared: Prepared, commit: str) -> list[str]:
+def _check_arrival(api: HfApi, prepared: PreparedUpload, commit: str) -> list[str]:
     """Compare the files of the commit with ours; return the names that are not ours."""
     found: dict[str, Any] = {
         entry.path: entry

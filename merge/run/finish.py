@@ -26,7 +26,7 @@ from merge.run.copies import FileCopies, write_relaid, write_single_file
 from merge.run.inputs import check_digest
 from merge.run.merging import MergedFiles, merge_components
 from merge.run.model import Laps, Progress
-from merge.run.prepare import Prepared
+from merge.run.prepare import PreparedRun
 from merge.sources.model import SourceFile
 from merge.writer.folder import OutputFolder
 from merge.writer.journal import Journal
@@ -49,7 +49,7 @@ class Output:
 
 def write_output(
     folder: OutputFolder,
-    prepared: Prepared,
+    prepared: PreparedRun,
     *,
     device: str,
     threads: int | None,
@@ -85,7 +85,7 @@ def write_output(
 @dataclass
 class _Job:
     folder: OutputFolder
-    prepared: Prepared
+    prepared: PreparedRun
     digests: dict[tuple[str, str], str]
     laps: Laps
     on_progress: Progress
@@ -152,7 +152,7 @@ class _Job:
         return build_lock(recipe, sources, digests, with_requested=True)
 
 
-def _resume_facts(prepared: Prepared) -> dict[str, str]:
+def _resume_facts(prepared: PreparedRun) -> dict[str, str]:
     """Return what decides the output's bytes, in words: a run goes on only where it is the same."""
     resolved = {model.role: model for model in prepared.sources.models}
     recipe = portable_recipe(prepared.recipe, resolved)

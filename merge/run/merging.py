@@ -15,7 +15,7 @@ from merge.errors import DeviceMemoryError, EngineError
 from merge.plan.memory import default_threads
 from merge.plan.model import ComponentPlan
 from merge.records.manifest import FileRecord
-from merge.run.prepare import Prepared
+from merge.run.prepare import PreparedRun
 from merge.writer.folder import OutputFolder
 from merge.writer.journal import Journal, JournalMark
 from merge.writer.tensors import MemoryFile, TensorFileWriter
@@ -51,7 +51,7 @@ class MergedFiles:
 
 def merge_components(
     folder: OutputFolder,
-    prepared: Prepared,
+    prepared: PreparedRun,
     *,
     device: str,
     threads: int | None,
@@ -82,7 +82,7 @@ def merge_components(
 
 
 def merge_in_memory(
-    prepared: Prepared, *, device: str = "auto", threads: int | None = None
+    prepared: PreparedRun, *, device: str = "auto", threads: int | None = None
 ) -> Mapping[str, memoryview]:
     """Merge the weights of every component into memory.
 
@@ -123,14 +123,16 @@ def merge_in_memory(
     return found
 
 
-def _qualified(prepared: Prepared, component: ComponentPlan, result: MergeResult) -> dict[str, int]:
+def _qualified(
+    prepared: PreparedRun, component: ComponentPlan, result: MergeResult
+) -> dict[str, int]:
     """Return a component's replaced values under the keys' full names."""
     qualified, name = prepared.plan.family.qualified, component.name
     return {qualified(name, key): count for key, count in result.overflows.items()}
 
 
 def _check_results(
-    prepared: Prepared, results: Sequence[MergeResult], overflows: Mapping[str, int]
+    prepared: PreparedRun, results: Sequence[MergeResult], overflows: Mapping[str, int]
 ) -> None:
     """Tell of values that a rule replaced, and refuse a merge that changed nothing."""
     recipe = prepared.recipe
@@ -155,7 +157,7 @@ def _check_results(
 @dataclass
 class _Job:
     folder: OutputFolder
-    prepared: Prepared
+    prepared: PreparedRun
     device: Any
     may_fall_back: bool
     merged: MergedFiles

@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedRun:
     """A recipe whose inputs are on this disk, understood and hashed.
 
     Attributes:
@@ -58,7 +58,7 @@ class Prepared:
         """Return the SHA-256 of everything that decides the merged weights."""
         return recipe_digest(self.recipe, self.sources, self.digests)
 
-    def with_recipe(self, recipe: Recipe) -> Prepared:
+    def with_recipe(self, recipe: Recipe) -> PreparedRun:
         """Return the same inputs with other values of the recipe; no file is hashed again.
 
         Args:
@@ -86,7 +86,7 @@ def prepare_run(
     check_space: Callable[[int], None] = lambda count: None,
     laps: Laps | None = None,
     on_progress: Progress | None = None,
-) -> Prepared:
+) -> PreparedRun:
     """Resolve a recipe's models, fetch what is missing, plan, and hash every input.
 
     Args:
@@ -131,7 +131,7 @@ def prepare_run(
     finally:
         process.close()
     _check_pickles(plan)
-    return Prepared(recipe, sources, plan, export, digests, origins)
+    return PreparedRun(recipe, sources, plan, export, digests, origins)
 
 
 def _resolve(recipe: Recipe, out: Path | None, lock: Lock | None, tell: Progress) -> Sources:

@@ -91,14 +91,7 @@ def reproduce(
             lock=lock,
             on_progress=on_progress,
         )
-        if wrong := _compare(folder, manifest, final):
-            more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-            lines = "\n".join([*(f"  {line}" for line in wrong[:_SHOWN]), *more])
-            raise VerificationError(
-                f"{folder} is not reproduced; {len(wrong)} file(s) differ:\n{lines}",
-                hint="--out keeps the new output, to compare; "
-                "`verify FOLDER --files` tells whether the old one was changed",
-            )
+        _refuse_differences(folder, manifest, final)
 
     if out is not None:
         run(Path(out).expanduser())
@@ -134,6 +127,20 @@ def _check_records(folder: Path, manifest: Mapping[str, Any]) -> None:
             "bytes are promised for the same version only",
             hint=f"`pip install instruct-merge=={version}` in an environment of its own",
         )
+
+
+def _refuse_differences(folder: Path, manifest: Mapping[str, Any], out: Path) -> None:
+    """Refuse a repetition that gave other bytes."""
+    wrong = _compare(folder, manifest, out)
+    if not wrong:
+        return
+    more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    lines = "\n".join([*(f"  {line}" for line in wrong[:_SHOWN]), *more])
+    raise VerificationError(
+        f"{folder} is not reproduced; {len(wrong)} file(s) differ:\n{lines}",
+        hint="--out keeps the new output, to compare; "
+        "`verify FOLDER --files` tells whether the old one was changed",
+    )
 
 
 def _compare(folder: Path, manifest: Mapping[str, Any], out: Path) -> list[str]:

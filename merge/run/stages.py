@@ -12,7 +12,7 @@ from merge.run.closing_edits import check_pictures, verify_output
 from merge.run.doubts import tell_verdict
 from merge.run.finish import write_output
 from merge.run.model import Laps, Progress, RunResult
-from merge.run.prepare import Prepared, prepare_run
+from merge.run.prepare import PreparedRun, prepare_run
 from merge.writer.file import write_atomically
 from merge.writer.folder import OutputFolder
 
@@ -103,7 +103,9 @@ def _tell_leftovers(folder: OutputFolder, resume: bool) -> None:
         _LOG.warning("there is nothing to resume at %s: beginning anew", folder.final)
 
 
-def _verify(final: Path, prepared: Prepared, device: str, laps: Laps, tell: Progress) -> str | None:
+def _verify(
+    final: Path, prepared: PreparedRun, device: str, laps: Laps, tell: Progress
+) -> str | None:
     """Run the closing edits; return what they prove, or None where there can be none."""
     target, family = prepared.sources.target, prepared.plan.family
     if target.pipeline is None:

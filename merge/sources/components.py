@@ -41,7 +41,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Listed:
     """A model whose files are listed.
 
     Attributes:
@@ -62,7 +62,7 @@ class Opened:
         return f"{self.ref.subfolder.strip('/')}/" if self.ref.subfolder else ""
 
 
-def select(model: Opened, folder: str) -> Weights:
+def select(model: Listed, folder: str) -> Weights:
     """Choose the weights of one folder of a model."""
     return select_weights(
         direct_files(model.store.names, folder),
@@ -74,7 +74,7 @@ def select(model: Opened, folder: str) -> Weights:
 
 
 def select_components(
-    model: Opened, index: Mapping[str, Any], *, with_weights: bool
+    model: Listed, index: Mapping[str, Any], *, with_weights: bool
 ) -> dict[str, tuple[Weights | None, list[str]]]:
     """Choose the files of every component but the main one and the scheduler."""
     label, store = model.label, model.store
@@ -132,7 +132,7 @@ def _check_copied_shards(weights: Weights, where: str) -> None:
 
 
 def component_files(
-    model: Opened,
+    model: Listed,
     selected: Mapping[str, tuple[Weights | None, list[str]]],
     index: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
@@ -175,7 +175,7 @@ def component_files(
     return tuple(components)
 
 
-def source_files(model: Opened, folder: str, names: Iterable[str]) -> tuple[SourceFile, ...]:
+def source_files(model: Listed, folder: str, names: Iterable[str]) -> tuple[SourceFile, ...]:
     """Return files of a folder with their sizes and what their digests should be.
 
     Raises:
@@ -195,7 +195,7 @@ def source_files(model: Opened, folder: str, names: Iterable[str]) -> tuple[Sour
     return tuple(files)
 
 
-def component_configs(model: Opened, selected: Iterable[str]) -> set[str]:
+def component_configs(model: Listed, selected: Iterable[str]) -> set[str]:
     """Return the config files of the chosen components, where they are."""
     return {f"{model.prefix}{name}/config.json" for name in selected} & model.store.names
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from merge.errors import SourceError, SourceNotFoundError
 from merge.json_files import read_json
-from merge.sources.components import Opened, source_files
+from merge.sources.components import Listed, source_files
 from merge.sources.model import SourceFile
 from merge.sources.select import Weights
 
@@ -29,7 +29,7 @@ class ConfigFiles:
     files: tuple[SourceFile, ...]
 
 
-def read_configs(model: Opened, names: Collection[str]) -> ConfigFiles:
+def read_configs(model: Listed, names: Collection[str]) -> ConfigFiles:
     """Fetch and parse JSON files of a model.
 
     Raises:

@@ -14,7 +14,7 @@ from merge.reader.pickles.archive import PICKLE_SUFFIXES
 from merge.recipe.bundled import bundled_folder
 from merge.recipe.schema import ModelRef, Recipe
 from merge.sources.components import (
-    Opened,
+    Listed,
     Scope,
     below,
     component_configs,
@@ -100,7 +100,7 @@ class _Resolver:
                 beside = {CONFIG_NAME} if (path.parent / CONFIG_NAME).is_file() else set()
                 store = LocalStore(path.parent, frozenset({path.name, *beside}))
                 return self._resolve_file(
-                    Opened(ref, store, path.name, self._scope), role, path.name
+                    Listed(ref, store, path.name, self._scope), role, path.name
                 )
             if not path.is_dir():
                 hint = "paths are relative to the recipe file, those of overrides to this folder"
@@ -108,10 +108,10 @@ class _Resolver:
                     hint = "the demo's models are made by `make demo` in a clone of the repository"
                 raise SourceNotFoundError(f"there is no file or folder {path}", hint=hint)
             store = LocalStore.open(path)
-            return _resolve_folder(Opened(ref, store, path.name or str(path), self._scope), role)
+            return _resolve_folder(Listed(ref, store, path.name or str(path), self._scope), role)
         assert ref.repo is not None
         hub = self._open(ref.repo, ref.revision)
-        opened = Opened(ref, hub, ref.repo, self._scope)
+        opened = Listed(ref, hub, ref.repo, self._scope)
         try:
             if ref.file is None:
                 return _resolve_folder(opened, role)
@@ -129,7 +129,7 @@ class _Resolver:
                 ) from error
             raise
 
-    def _resolve_file(self, opened: Opened, role: str, name: str) -> ResolvedModel:
+    def _resolve_file(self, opened: Listed, role: str, name: str) -> ResolvedModel:
         _check_suffix(name, self._scope)
         weights = source_files(opened, "", (name,))
         model = _begun(opened, role, is_folder=False)
@@ -155,7 +155,7 @@ def _is_local(config: str) -> bool:
     return config.startswith((".", "/", "~"))
 
 
-def _begun(opened: Opened, role: str, *, is_folder: bool) -> ResolvedModel:
+def _begun(opened: Listed, role: str, *, is_folder: bool) -> ResolvedModel:
     """Return what is known of a model before any of its files is looked at."""
     return ResolvedModel(
         role=role,
@@ -194,7 +194,7 @@ def _with_configs(model: ResolvedModel, store: Store, text: str) -> ResolvedMode
         raise SourceNotFoundError(f"config: there is no config.json of a UNet in {text}")
     scheduler_name = "scheduler/scheduler_config.json"
     needed = {candidates[0], *({scheduler_name, "model_index.json"} & store.names)}
-    opened = Opened(ModelRef(), store, label, _NO_WEIGHTS)
+    opened = Listed(ModelRef(), store, label, _NO_WEIGHTS)
     configs = read_configs(opened, needed)
     pipeline = None
     if model.role == "target" and "model_index.json" in configs.trees:
@@ -209,7 +209,7 @@ def _with_configs(model: ResolvedModel, store: Store, text: str) -> ResolvedMode
     )
 
 
-def _pipeline_without_weights(opened: Opened, found: Mapping[str, Any]) -> Pipeline:
+def _pipeline_without_weights(opened: Listed, found: Mapping[str, Any]) -> Pipeline:
     """Take a pipeline's configs; its weights come from the single file."""
     index = dict(found)
     for name, entry in list(index.items()):
@@ -222,7 +222,7 @@ def _pipeline_without_weights(opened: Opened, found: Mapping[str, Any]) -> Pipel
     return Pipeline(index, component_files(opened, selected, index, configs.trees))
 
 
-def _resolve_folder(opened: Opened, role: str) -> ResolvedModel:
+def _resolve_folder(opened: Listed, role: str) -> ResolvedModel:
     """Find the files of a folder, which is a pipeline or a network alone."""
     ref, store, prefix = opened.ref, opened.store, opened.prefix
     inside = below(store.names, prefix)
@@ -284,7 +284,7 @@ def _other_mergeable() -> list[str]:
     return [name for name in mergeable_names() if name not in main_names()]
 
 
-def _other_weights(opened: Opened) -> dict[str, tuple[SourceFile, ...]]:
+def _other_weights(opened: Listed) -> dict[str, tuple[SourceFile, ...]]:
     """Return the files of the other components that the recipe merges, where they are."""
     found = {}
     for name in _other_mergeable():

@@ -16,7 +16,7 @@ from merge.editor.settings import EditSettings
 from merge.errors import RecipeError, SourceError, SourceNotFoundError
 from merge.recipe.schema import ModelRef, Models, Recipe
 from merge.sources.resolve import resolve_sources
-from merge.verify.model import CompareOptions, EditRow, Picture, Target
+from merge.verify.model import ComparedTarget, CompareOptions, EditRow, Picture
 from merge.verify.references import ReferenceCache, cache_folder, reference_key
 
 _HUB_ID = re.compile(
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(
 )
 
 
-def find_target(model: str) -> Target:
+def find_target(model: str) -> ComparedTarget:
     """Turn the model of `--compare` into files of this disk, downloading what is missing.
 
     Args:
@@ -59,7 +59,7 @@ def find_target(model: str) -> Target:
     scheduler = found.root / "scheduler" / "scheduler_config.json"
     files |= {path.relative_to(found.root).as_posix(): path for path in (index, scheduler)}
     weights = tuple(file.path for file in found.main_files)
-    return Target(found.label, found.commit, found.root, weights, files)
+    return ComparedTarget(found.label, found.commit, found.root, weights, files)
 
 
 class Comparison(Closable):

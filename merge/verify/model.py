@@ -132,7 +132,7 @@ class EditRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ComparedTarget:
     """The unmerged model that pictures are compared with.
 
     Attributes:

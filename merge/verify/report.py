@@ -15,7 +15,7 @@ from merge.editor.settings import EditSettings
 from merge.json_files import json_bytes
 from merge.records.folder import IMAGES_NAME, PAGE_NAME, REPORT_NAME
 from merge.verify.checks import CHECKS
-from merge.verify.model import BlockNorm, Check, CompareOptions, EditRow, Target
+from merge.verify.model import BlockNorm, Check, ComparedTarget, CompareOptions, EditRow
 from merge.verify.verdict import describe, failures, not_judged, verdict, warnings
 from merge.writer.tensors import write_error
 
@@ -53,7 +53,7 @@ class Report:
     checks: tuple[Check, ...]
     rows: tuple[EditRow, ...]
     blocks: tuple[BlockNorm, ...] = ()
-    target: Target | None = None
+    target: ComparedTarget | None = None
     compare: CompareOptions | None = None
     clip: str | None = None
     notes: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ def has_cuda() -> bool:
 
 def test_files(mark: str) -> list[Path]:
     """Return the test files that have such tests, without importing any."""
-    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path for path in paths if f"mark.{mark}" in path.read_text(encoding="utf-8")]
 
 

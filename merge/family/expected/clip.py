@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from merge.family.expected.fields import Fields, Layers, Table
+from merge.family.expected.fields import ConfigFields, Layers, Table
 
 _CONCEPTS, _SPECIAL = 17, 3
 
 
-def text_tensors(fields: Fields) -> Table:
+def text_tensors(fields: ConfigFields) -> Table:
     """Return the table of CLIPTextModel."""
     layers = Layers()
     width = fields.required("hidden_size", 512)
@@ -27,14 +27,14 @@ def text_tensors(fields: Fields) -> Table:
     return layers.table
 
 
-def text_projection_tensors(fields: Fields) -> Table:
+def text_projection_tensors(fields: ConfigFields) -> Table:
     """Return the table of CLIPTextModelWithProjection."""
     width = fields.required("hidden_size", 512)
     projected = fields.required("projection_dim", 512)
     return {**text_tensors(fields), "text_projection.weight": (projected, width)}
 
 
-def vision_tensors(fields: Fields) -> Table:
+def vision_tensors(fields: ConfigFields) -> Table:
     """Return the table of CLIPVisionModel."""
     layers = Layers()
     width = fields.required("hidden_size", 768)
@@ -51,19 +51,19 @@ def vision_tensors(fields: Fields) -> Table:
     return layers.table
 
 
-def vision_projection_tensors(fields: Fields) -> Table:
+def vision_projection_tensors(fields: ConfigFields) -> Table:
     """Return the table of CLIPVisionModelWithProjection."""
     width = fields.required("hidden_size", 768)
     projected = fields.required("projection_dim", 512)
     return {**vision_tensors(fields), "visual_projection.weight": (projected, width)}
 
 
-def safety_checker_tensors(fields: Fields) -> Table:
+def safety_checker_tensors(fields: ConfigFields) -> Table:
     """Return the table of StableDiffusionSafetyChecker."""
     nested = fields.config.get("vision_config") or {}
     if not isinstance(nested, Mapping):
         raise fields.problem("vision_config", nested)
-    vision = Fields(nested, f"{fields.where}'s vision_config")
+    vision = ConfigFields(nested, f"{fields.where}'s vision_config")
     table = {f"vision_model.{key}": shape for key, shape in vision_tensors(vision).items()}
     projected = fields.required("projection_dim", 512)
     table["visual_projection.weight"] = (projected, vision.required("hidden_size", 768))
@@ -73,7 +73,7 @@ def safety_checker_tensors(fields: Fields) -> Table:
     return table
 
 
-def _encoder(layers: Layers, model: str, width: int, inner: int, fields: Fields) -> None:
+def _encoder(layers: Layers, model: str, width: int, inner: int, fields: ConfigFields) -> None:
     for number in range(fields.required("num_hidden_layers", 12)):
         name = f"{model}.encoder.layers.{number}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):

@@ -16,7 +16,7 @@ _MOST = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
+class ConfigFields:
     """A component's config.
 
     Attributes:

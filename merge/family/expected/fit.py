@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge.family.expected.compare import compare_tensors
-from merge.family.expected.fields import Fields, Shape, Table
+from merge.family.expected.fields import ConfigFields, Shape, Table
 from merge.family.expected.tables import TABLES
 
 _SHOWN = 5
@@ -46,7 +46,7 @@ def expected_tensors(config: Mapping[str, Any], class_name: str = "") -> Table |
     """
     name = class_name or _class_of(config)
     table = TABLES.get(name)
-    return table(Fields(config, name)) if table is not None else None
+    return table(ConfigFields(config, name)) if table is not None else None
 
 
 def fit_to_config(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from merge.family.expected import clip
-from merge.family.expected.fields import Fields, Table
+from merge.family.expected.fields import ConfigFields, Table
 from merge.family.expected.unet import unet_tensors
 from merge.family.expected.vae import vae_tensors
 
-TABLES: dict[str, Callable[[Fields], Table | None]] = {
+TABLES: dict[str, Callable[[ConfigFields], Table | None]] = {
     "UNet2DConditionModel": unet_tensors,
     "AutoencoderKL": vae_tensors,
     "CLIPTextModel": clip.text_tensors,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from merge.family.expected.fields import Fields, Layers, Table
+from merge.family.expected.fields import ConfigFields, Layers, Table
 
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -31,7 +31,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def unet_tensors(fields: Fields) -> Table | None:
+def unet_tensors(fields: ConfigFields) -> Table | None:
     """Return the table of a UNet, None where it has a rare kind of block."""
     config = fields.config
     if any(config.get(name, plain[0]) not in plain for name, plain in _PLAIN.items()):
@@ -63,7 +63,7 @@ def unet_tensors(fields: Fields) -> Table | None:
 
 
 class _Builder:
-    def __init__(self, fields: Fields, widths: list[int]) -> None:
+    def __init__(self, fields: ConfigFields, widths: list[int]) -> None:
         self.fields = fields
         self.widths = widths
         self.layers = Layers()
@@ -174,7 +174,7 @@ class _Builder:
         return depths[layer]
 
 
-def _depths(fields: Fields, name: str, blocks: int) -> list[int | list[int]]:
+def _depths(fields: ConfigFields, name: str, blocks: int) -> list[int | list[int]]:
     """Return the transformer blocks of each block, or of each of its layers."""
     value = fields.config.get(name, 1)
     if not isinstance(value, list | tuple):
@@ -183,7 +183,7 @@ def _depths(fields: Fields, name: str, blocks: int) -> list[int | list[int]]:
         raise fields.problem(name, value)
     found: list[int | list[int]] = []
     for item in value:
-        inner = Fields({name: item}, fields.where)
+        inner = ConfigFields({name: item}, fields.where)
         is_list = isinstance(item, list | tuple)
         found.append(inner.numbers(name, ()) if is_list else inner.required(name, 1))
     return found

@@ -5,10 +5,10 @@ Source: `AutoencoderKL.__init__`, `Encoder` and `Decoder`, diffusers 0.42.
 
 from __future__ import annotations
 
-from merge.family.expected.fields import Fields, Layers, Table
+from merge.family.expected.fields import ConfigFields, Layers, Table
 
 
-def vae_tensors(fields: Fields) -> Table | None:
+def vae_tensors(fields: ConfigFields) -> Table | None:
     """Return the table of a VAE, None where it has a rare kind of block."""
     widths = fields.numbers("block_out_channels", (64,))
     down = fields.words("down_block_types", ("DownEncoderBlock2D",))
