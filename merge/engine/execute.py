@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from merge.background.workers import Workers
 from merge.engine.block_worker import BlockWorker, OutOfRangeError
-from merge.engine.device import device_errors
+from merge.engine.device import device_errors, single_threaded
 from merge.engine.units import TensorState, Unit, WorkQueue, cut_units
 from merge.plan.memory import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 from merge.plan.model import ComponentPlan, MergePlan
@@ -85,7 +85,7 @@ def execute_plan(
     block = CUDA_BLOCK_ELEMENTS if device.type == "cuda" else CPU_BLOCK_ELEMENTS
     with ExitStack() as stack:
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
-        with _single_threaded_operators(), device_errors(device):
+        with single_threaded(), device_errors(device):
             workers = [
                 BlockWorker(
                     plan, component, readers, writer, device, block, recipe.on_overflow, number
@@ -137,14 +137,3 @@ def _run_unit(worker: BlockWorker, unit: Unit, queue: WorkQueue) -> None:
         if worker.has_delta(unit.tensor) and not state.changed:
             worker.keep(unit.tensor, state)
         queue.finish_tensor(unit.tensor)
-
-
-@contextmanager
-def _single_threaded_operators() -> Iterator[None]:
-    # Parallelism comes from the workers; torch's own threads would compete with them.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

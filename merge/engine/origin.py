@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES, Buffers
+from merge.engine.device import single_threaded
 from merge.plan.model import DeltaTerm, MergePlan, TensorPlan
 from merge.reader.checkpoint import FileReader
 
@@ -71,6 +72,7 @@ def measure_origins(plan: MergePlan) -> tuple[Origin, ...]:
     found = []
     roles = {term.role: term.index for tensor in plan.tensors for term in tensor.deltas}
     with ExitStack() as stack:
+        stack.enter_context(single_threaded())
         readers = [stack.enter_context(FileReader(f.path, f.stamp)) for f in plan.files]
         buffers = Buffers(readers, torch.device("cpu"), _VALUES)
         for role in sorted(roles, key=lambda role: roles[role]):

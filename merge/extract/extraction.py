@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -14,7 +14,7 @@ from typing import IO
 import torch
 
 from merge.engine.buffers import TORCH_DTYPES
-from merge.engine.device import choose_device, device_errors
+from merge.engine.device import choose_device, device_errors, single_threaded
 from merge.errors import EngineError, NonFiniteError, OutputError, PlanError, RecipeError
 from merge.extract.deltas import DeltaReader
 from merge.extract.factor import check_target, factor_delta, residual, squared_norm
@@ -98,7 +98,7 @@ def extract_lora(
     try:
         with output, tempfile.TemporaryFile(dir=out.absolute().parent) as spool:
             job = _Extraction(plan, form, DTYPE_CODES[dtype], spool, rank, energy, max_rank)
-            with _single_threaded(), device_errors(where):
+            with single_threaded(), device_errors(where):
                 job.run(where, on_progress)
             size = job.write(output.partial, recipe.name)
             output.publish()
@@ -263,14 +263,3 @@ class _Extraction:
             data = values[role].contiguous().cpu()
             self.spooled[name] = (self.spool.seek(0, 2), tuple(data.shape))
             self.spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Fix the number of threads, on which sums depend."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
