@@ -8,9 +8,8 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 
 from merge.card.escape import code, fenced, one_line, prose
@@ -22,6 +21,9 @@ from merge.methods.model import Method
 from merge.methods.table import METHODS
 from merge.plan.render import format_bytes
 from merge.records.folder import LOCK_NAME, MANIFEST_NAME
+
+if TYPE_CHECKING:
+    import jinja2
 
 CARD_NAME = "README.md"
 # The first line after the front matter. A card without it is somebody's own and is not replaced.
@@ -91,6 +93,9 @@ def render_card(
 
 @functools.cache
 def _template() -> jinja2.Template:
+    # A merge writes its card when its buffers are free again: 4 MB that its peak has not.
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         # Markdown, not HTML: the filters write what is not trusted as references.
