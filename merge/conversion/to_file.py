@@ -12,7 +12,7 @@ from merge.conversion.problems import naming, refuse
 from merge.errors import CheckpointError, SourceNotFoundError
 from merge.family.expected.fit import Fit, fit_to_config
 from merge.family.model import Recognised
-from merge.family.registry import FAMILIES, main_names, recognise
+from merge.family.registry import FAMILIES, main_among, main_names, recognise
 from merge.json_files import read_json
 from merge.reader.checkpoint import Checkpoint, read_checkpoint, verify_records
 from merge.reader.intake import reshaped, take_in
@@ -34,16 +34,15 @@ def convert_to_file(source: Path, out: Path, options: Options) -> ConvertResult:
     refuse_overlap(out, [source])
     output = OutputFile(out, overwrite=options.overwrite)
     output.check()
-    names = main_names()
-    main = next((name for name in names if (source / name).is_dir()), names[0])
+    main = main_among(lambda name: (source / name).is_dir()) or main_names()[0]
     parts = {main: _read_component(source, main, options.allow_pickle)}
     # A layer may be a matrix or a convolution there, which tells families apart.
-    shapes = _fit(source, main, parts[main]).shapes
-    found = _recognise(source / main, reshaped(parts[main], shapes))
+    fits = {main: _fit(source, main, parts[main])}
+    found = _recognise(source / main, reshaped(parts[main], fits[main].shapes))
     assert found.family.single_file is not None
     for name in found.family.single_file.components[1:]:
         parts[name] = _read_component(source, name, options.allow_pickle)
-    fits = {name: _fit(source, name, part) for name, part in parts.items()}
+    fits |= {name: _fit(source, name, part) for name, part in parts.items() if name != main}
     problems = [problem for fit in fits.values() for problem in fit.problems]
     refuse(problems, f"{source} is not whole, or not of its configs:")
     parts = {name: reshaped(part, fits[name].shapes) for name, part in parts.items()}

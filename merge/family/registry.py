@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from merge.family.model import Component, Family, Recognised, Shapes
 from merge.family.stable_diffusion import SD1, SD2, SDXL
@@ -56,6 +56,15 @@ def editing_families() -> Mapping[str, Family]:
 def main_names() -> tuple[str, ...]:
     """Return the names of main components: folders that a pipeline has one of."""
     return tuple(dict.fromkeys(family.main.name for family in FAMILIES))
+
+
+def main_among(is_there: Callable[[str], bool]) -> str:
+    """Return the main component's name in a pipeline; empty where it has none of them.
+
+    Args:
+        is_there: Whether the pipeline has a folder of that name.
+    """
+    return next(filter(is_there, main_names()), "")
 
 
 def mergeable_names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from merge.errors import CheckpointError, SourceError, SourceNotFoundError
 from merge.family.keys.single_file import SplitFile, is_single_file, split_single_file
 from merge.family.model import Recognised
-from merge.family.registry import main_names, recognise
+from merge.family.registry import main_among, recognise
 from merge.header.dtypes import DTYPE_WORDS
 from merge.json_files import read_json
 from merge.lora.roles import is_lora
@@ -42,8 +42,7 @@ def describe_path(path: str | Path) -> dict[str, Any]:
         return {"path": str(path), **_describe_weights([path], "")}
     if not path.is_dir():
         raise SourceNotFoundError(f"there is no file or folder {path}")
-    inner = (path / name for name in main_names())
-    folder = next((part for part in inner if part.is_dir()), path)
+    folder = path / main_among(lambda name: (path / name).is_dir())
     names = {entry.name for entry in folder.iterdir() if entry.is_file()}
     weights = select_weights(names, None, str(folder), allow_pickle=True)
     index = path / "model_index.json"

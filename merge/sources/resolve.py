@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import OfflineError, SourceError, SourceNotFoundError
-from merge.family.registry import main_names, mergeable_names
+from merge.family.registry import main_among, main_names, mergeable_names
 from merge.lora.metadata import CONFIG_NAME
 from merge.reader.pickles.archive import PICKLE_SUFFIXES
 from merge.recipe.bundled import bundled_folder
@@ -274,9 +274,8 @@ def _resolve_folder(opened: Listed, role: str) -> ResolvedModel:
 
 def _main_component(inside: frozenset[str], is_pipeline: bool) -> str:
     """Return the folder of the main component; empty where the model is that folder itself."""
-    names = main_names()
-    found = next((name for name in names if below(inside, f"{name}/")), "")
-    return found or (names[0] if is_pipeline else "")
+    found = main_among(lambda name: bool(below(inside, f"{name}/")))
+    return found or (main_names()[0] if is_pipeline else "")
 
 
 def _other_mergeable() -> list[str]:

@@ -17,7 +17,7 @@ import torch
 
 from merge.engine.buffers import TORCH_DTYPES
 from merge.family.model import Blocks
-from merge.family.registry import main_names, recognise
+from merge.family.registry import main_among, main_names, recognise
 from merge.reader.checkpoint import Checkpoint, FileReader, read_checkpoint
 from merge.sources.select import select_weights
 from merge.verify.metrics import Values
@@ -50,8 +50,7 @@ def main_weights(folder: Path) -> tuple[Path, ...]:
     Raises:
         SourceNotFoundError: it has none.
     """
-    known = main_names()
-    part = folder / next((name for name in known if (folder / name).is_dir()), known[0])
+    part = folder / (main_among(lambda name: (folder / name).is_dir()) or main_names()[0])
     names = {path.name for path in part.iterdir()} if part.is_dir() else set()
     return tuple(part / name for name in select_weights(names, None, str(part)).names)
 
