@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
 from merge.editor.settings import EditSettings
 from merge.errors import OutputError
+from merge.writer.file import replacement
 
 
 def save_png(
@@ -44,18 +42,3 @@ def save_png(
             f"{path} cannot be written: {error.strerror or error}",
             hint="choose another place with -o",
         ) from error
-
-
-@contextlib.contextmanager
-def replacement(path: Path) -> Iterator[Path]:
-    """Give the place of a file that takes a path's name once the block has written it.
-
-    It is beside that path, so that the rename stays on one file system, and gone if anything fails.
-    """
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

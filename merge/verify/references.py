@@ -19,9 +19,9 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from merge._version import __version__
-from merge.editor.png import replacement
 from merge.editor.settings import EditSettings
 from merge.verify.model import Picture
+from merge.writer.file import replacement
 
 _LOG = logging.getLogger(__name__)
 # The layout of a key and an entry: one more makes every older entry unknown.

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.editor.png import replacement, save_png
+from merge.editor.png import save_png
 from merge.editor.settings import EditSettings
 from merge.json_files import json_bytes
 from merge.records.folder import IMAGES_NAME, PAGE_NAME, REPORT_NAME
 from merge.verify.checks import CHECKS
 from merge.verify.model import BlockNorm, Check, ComparedTarget, CompareOptions, EditRow
 from merge.verify.verdict import describe, failures, not_judged, verdict, warnings
+from merge.writer.file import replacement
 from merge.writer.tensors import write_error
 
 REPORT_VERSION = 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from merge.errors import OutputExistsError
@@ -69,3 +72,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         with write_errors(path):
             write_new(output.partial, data)
         output.publish()
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Give the place of a file that takes a path's name once the block has written it.
+
+    It is beside that path, so that the rename stays on one file system, and gone if anything fails.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
