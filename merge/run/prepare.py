@@ -6,7 +6,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PreparedRun:
     """A recipe whose inputs are on this disk, understood and hashed.
 
@@ -50,10 +51,10 @@ class PreparedRun:
     sources: Sources
     plan: MergePlan
     export: ExportFiles
-    digests: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    origins: tuple[Origin, ...] = ()
+    digests: Mapping[tuple[str, str], str]
+    origins: tuple[Origin, ...]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the merged weights."""
         return recipe_digest(self.recipe, self.sources, self.digests)
@@ -71,11 +72,11 @@ class PreparedRun:
         if recipe.models != self.recipe.models or recipe.allow_pickle != self.recipe.allow_pickle:
             raise ValueError("the recipe has other models than those that were prepared")
         plan = build_plan(recipe, self.sources)
-        recipe = plan.complete(recipe)
-        changed = replace(self, recipe=recipe, plan=plan)
         if not set(plan.merged) <= set(self.plan.merged):
             raise ValueError("the recipe merges components that were not prepared")
-        return replace(changed, export=plan_export(recipe, plan, self.sources.target))
+        recipe = plan.complete(recipe)
+        export = plan_export(recipe, plan, self.sources.target)
+        return replace(self, recipe=recipe, plan=plan, export=export)
 
 
 def prepare_run(
