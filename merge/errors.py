@@ -32,6 +32,19 @@ from collections.abc import Sequence
 SHOWN_PROBLEMS = 10
 
 
+def list_first(items: Sequence[object], count: int = 5) -> str:
+    """Return the first few of some names as text, and how many more there are."""
+    more = f" and {len(items) - count} more" if items[count:] else ""
+    return ", ".join(map(str, items[:count])) + more
+
+
+def first_lines(items: Sequence[object]) -> list[str]:
+    """Return the first few of some lines, indented, and one that counts the others."""
+    hidden = len(items) - SHOWN_PROBLEMS
+    more = [f"... and {hidden} more"] if hidden > 0 else []
+    return [f"  {line}" for line in (*items[:SHOWN_PROBLEMS], *more)]
+
+
 class MergeError(Exception):
     """Base of all errors raised on purpose.
 
@@ -63,10 +76,7 @@ class ProblemsError(MergeError):
 
     def __init__(self, summary: str, problems: Sequence[str], *, hint: str = "") -> None:
         self.problems = tuple(problems)
-        lines = [summary, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
-        if len(self.problems) > SHOWN_PROBLEMS:
-            lines.append(f"  ... and {len(self.problems) - SHOWN_PROBLEMS} more")
-        super().__init__("\n".join(lines), hint=hint)
+        super().__init__("\n".join([summary, *first_lines(self.problems)]), hint=hint)
 
 
 class RecipeError(ProblemsError):

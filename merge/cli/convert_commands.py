@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from merge.cli.options import PATH, choice_option, command, overwrite_option
-from merge.cli.output import Bars, is_quiet, list_first, remark
+from merge.cli.output import Bars, is_quiet, remark
+from merge.errors import list_first
 
 _SHOWN_KEYS = 3
 

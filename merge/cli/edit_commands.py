@@ -22,8 +22,8 @@ from merge.cli.options import (
     edit_device_option,
     json_option,
 )
-from merge.cli.output import Bars, is_quiet, list_first, print_json, remark, silence_libraries
-from merge.errors import ImageError, MergeError, OutputError, VerificationError
+from merge.cli.output import Bars, is_quiet, print_json, remark, silence_libraries
+from merge.errors import ImageError, MergeError, OutputError, VerificationError, list_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image

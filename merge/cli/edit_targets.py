@@ -9,8 +9,7 @@ from pathlib import Path
 
 import click
 
-from merge.cli.output import list_first
-from merge.errors import ImageError, OutputError, OutputExistsError, SourceNotFoundError
+from merge.errors import ImageError, OutputError, OutputExistsError, SourceNotFoundError, list_first
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 

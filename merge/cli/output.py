@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,12 +67,6 @@ def remark(*lines: str) -> None:
     """Print lines on stderr, unless `-q` was given."""
     for line in lines if not is_quiet() else ():
         click.echo(line, err=True)
-
-
-def list_first(items: Sequence[object], count: int = 5) -> str:
-    """Return the first few of some names as text, and how many more there are."""
-    more = f" and {len(items) - count} more" if items[count:] else ""
-    return ", ".join(map(str, items[:count])) + more
 
 
 class Bars(Closable):

@@ -10,7 +10,7 @@ from typing import Any
 from merge.card.facts import HUB_ID
 from merge.card.metadata import CardLicence
 from merge.card.render import CARD_NAME
-from merge.errors import CheckpointError, PublishError, VerificationError
+from merge.errors import CheckpointError, PublishError, VerificationError, first_lines
 from merge.family.registry import family_named
 from merge.publication.card import final_card, stated_licence
 from merge.publication.model import PreparedUpload
@@ -70,10 +70,9 @@ def prepare(
     card = final_card(folder, repo_id, licence, frozenset(names))
     findings = scan(folder, names, card)
     if findings:
-        more = [f"... and {len(findings) - _SHOWN} more"] if len(findings) > _SHOWN else []
-        lines = "\n".join(f"  {line}" for line in [*findings[:_SHOWN], *more])
+        summary = "the export holds what must not be published:"
         raise PublishError(
-            f"the export holds what must not be published:\n{lines}",
+            "\n".join([summary, *first_lines(findings)]),
             hint="remove it at its origin (the recipe, a model's config or metadata) and run the "
             "recipe again; a token that was shared must be revoked",
         )

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from merge._version import __version__
-from merge.errors import SourceNotFoundError, VerificationError
+from merge.errors import SourceNotFoundError, VerificationError, first_lines
 from merge.records.folder import LOCK_NAME, MANIFEST_NAME, PROVENANCE_NAME, OutputRecords
 from merge.records.lock.find import open_lock
 from merge.records.provenance import check_provenance
 from merge.run.model import Progress
 from merge.run.stages import run_recipe
-
-_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +132,9 @@ def _refuse_differences(folder: Path, manifest: Mapping[str, Any], out: Path) ->
     wrong = _compare(folder, manifest, out)
     if not wrong:
         return
-    more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-    lines = "\n".join([*(f"  {line}" for line in wrong[:_SHOWN]), *more])
+    summary = f"{folder} is not reproduced; {len(wrong)} file(s) differ:"
     raise VerificationError(
-        f"{folder} is not reproduced; {len(wrong)} file(s) differ:\n{lines}",
+        "\n".join([summary, *first_lines(wrong)]),
         hint="--out keeps the new output, to compare; "
         "`verify FOLDER --files` tells whether the old one was changed",
     )

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge.errors import list_first
 from merge.family.expected.compare import compare_tensors
 from merge.family.expected.fields import ConfigFields, Shape, Table
 from merge.family.expected.tables import TABLES
 
-_SHOWN = 5
 # A config that lacks these was not written by a library, and its defaults are another model's.
 _TELLING = {"UNet2DConditionModel": "block_out_channels", "AutoencoderKL": "block_out_channels"}
 
@@ -80,7 +80,7 @@ def fit_to_config(
         verb = "is" if count == 1 else "are"
         problems.append(
             f"{component}: {what} that its config asks for {verb} missing: "
-            f"{_listed(differences.missing)}"
+            f"{list_first(differences.missing)}"
         )
     problems += [
         f"{component}: {key} has shape {list(shape)}, and its config asks for {list(wanted)}"
@@ -96,7 +96,7 @@ def fit_to_config(
             "the config's shape is written"
         )
     if differences.extra:
-        notes.append(f"{component}: nothing loads its keys {_listed(differences.extra)}")
+        notes.append(f"{component}: nothing loads its keys {list_first(differences.extra)}")
     return Fit(differences.reshaped, tuple(problems), tuple(notes))
 
 
@@ -105,8 +105,3 @@ def _class_of(config: Mapping[str, Any]) -> str:
     if config.get("_class_name"):
         return str(config["_class_name"])
     return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-
-
-def _listed(keys: tuple[str, ...]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if keys[_SHOWN:] else ""
-    return ", ".join(keys[:_SHOWN]) + more

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from merge.errors import CheckpointError
+from merge.errors import CheckpointError, list_first
 from merge.family.keys.pairs import KeyPair, checked_pairs, strip
 from merge.family.keys.text import SD15_TEXT, SDXL_TEXT, SDXL_TEXT_2
 from merge.family.keys.unet import LDM_UNET_PREFIX, ldm_to_unet, unet_to_ldm, unknown_to_unet
@@ -94,9 +94,8 @@ def split_single_file(names: Collection[str]) -> SplitFile:
             hint=f"to merge its UNet alone, leave the rest out: `exclude: ['{_SD2_TEXT_PREFIX}*']`",
         )
     if unknown := _outside(rest):
-        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
         raise CheckpointError(
-            f"keys that belong to no part of an LDM/SGM file: {shown}",
+            f"keys that belong to no part of an LDM/SGM file: {list_first(unknown)}",
             hint="if they are of no use, leave them out by `exclude` with their names or a glob",
         )
     unet = ldm_to_unet(strip(rest, LDM_UNET_PREFIX))

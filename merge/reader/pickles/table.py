@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge.errors import CheckpointError
+from merge.errors import CheckpointError, list_first
 from merge.header.dtypes import DTYPE_BITS, element_count
 from merge.header.model import TensorSpec
 from merge.header.parse import MAX_DIMENSION, MAX_ELEMENTS, MAX_RANK, check_name
@@ -191,8 +191,7 @@ def _unused(content: Unpickled, records: Mapping[str, Record]) -> list[tuple[str
     """List what no tensor tells of: classes that are named, records that nothing refers to."""
     unused = []
     if content.unknown:
-        more = len(content.unknown) - _SHOWN_NAMES
-        names = ", ".join(content.unknown[:_SHOWN_NAMES]) + (f" and {more} more" * (more > 0))
+        names = list_first(content.unknown, _SHOWN_NAMES)
         unused.append(("data.pkl", f"names {names} (not imported)"))
     unused += [
         (shown(name), "a record that nothing refers to")

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge._version import __version__
-from merge.errors import IntegrityError, RecipeError
+from merge.errors import IntegrityError, RecipeError, first_lines
 from merge.recipe.schema import Recipe
 from merge.records.manifest import FileRecord
 from merge.sources.model import ResolvedModel, Sources
-
-_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,9 @@ class Lock:
         """
         wrong = [line for model in sources.models for line in self._differences(model)]
         if wrong:
-            more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-            lines = "\n".join(f"  {line}" for line in [*wrong[:_SHOWN], *more])
+            summary = f"the models are not those of {self.path.name}:"
             raise IntegrityError(
-                f"the models are not those of {self.path.name}:\n{lines}",
+                "\n".join([summary, *first_lines(wrong)]),
                 hint="get the models that it names, or run the recipe itself with --write-lock",
             )
         pinned = {
