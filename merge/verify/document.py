@@ -78,10 +78,23 @@ def seconds(value: float) -> str:
     return f"{value:.1f}{GAP}s" if value < 100 else f"{value:.0f}{GAP}s"
 
 
-def fit_without_loss(images: Iterable[Image.Image]) -> bool:
-    """Return whether all pictures of a page together are small enough to stay as they are."""
+def duration(value: float) -> str:
+    """Return a time that may be long, with its unit."""
+    if value < 600:
+        return seconds(value)
+    minutes = value / 60
+    return f"{minutes:.0f}{GAP}min" if minutes < 600 else f"{minutes / 60:.1f}{GAP}h"
+
+
+def fit_without_loss(images: Iterable[Image.Image], times: float = 1) -> bool:
+    """Return whether all pictures of a page together are small enough to stay as they are.
+
+    Args:
+        images: All of them, or some that stand for the others.
+        times: How many pictures each one stands for.
+    """
     size_bytes = sum(len(_encode(image, "PNG", compress_level=1)) for image in images)
-    return size_bytes <= _PNG_BUDGET_BYTES
+    return size_bytes * times <= _PNG_BUDGET_BYTES
 
 
 def address(
