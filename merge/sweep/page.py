@@ -107,7 +107,7 @@ def _view(tree: Tree, folder: Path) -> dict[str, Any]:
 
 def _outcome(tree: Tree, cells: Sequence[Cell]) -> dict[str, Any]:
     total = math.prod(len(axis["values"]) for axis in tree["axes"])
-    best = next((cell for cell in cells if cell.is_best), None)
+    best = next((cell for cell in cells if cell.mark), None)
     failed = sum(bool(cell.problem) for cell in cells)
     made = len(cells) - failed
     if not tree["complete"]:

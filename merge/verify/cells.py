@@ -22,19 +22,21 @@ class Cell:
     Attributes:
         index: Of the tree's cell.
         label: Its values in words.
+        labels: Words of each value, by the keys of the axes.
         values: By the keys of the axes.
         pictures: By the index of their sample; nothing where the picture is missing.
         problem: Why it failed; empty if it did not.
-        is_best: Whether it is the one that was found best.
+        mark: Why it stands out, such as that it is best; empty if it does not.
         tree: All of it.
     """
 
     index: int
     label: str
+    labels: Mapping[str, str]
     values: Tree
     pictures: Mapping[int, Embedded | None]
     problem: str
-    is_best: bool
+    mark: str
     tree: Tree
 
     @property
@@ -103,29 +105,47 @@ def embed_samples(
     return embed(folder, groups, budget)
 
 
-def make_cells(tree: Tree, embedding: Embedding, shown: Sequence[int]) -> list[Cell]:
-    """Return the cells with the pictures of the shown samples."""
+def make_cells(
+    tree: Tree, embedding: Embedding, shown: Sequence[int], mark: str = "best"
+) -> list[Cell]:
+    """Return the cells with the pictures of the shown samples.
+
+    Args:
+        tree: Of a sweep or a tuning.
+        embedding: Of its pictures.
+        shown: Which samples the cells have pictures of, in the order of these.
+        mark: What the best one is called.
+    """
     best = tree.get("best")
     found = []
     for cell in tree["cells"]:
         names = dict(zip(shown, cell["pictures"], strict=False))
+        labels = _labels(tree, cell)
         found.append(
             Cell(
                 cell["index"],
-                _label(cell),
+                ", ".join(f"{key} {label}" for key, label in labels.items()),
+                labels,
                 cell["values"],
                 {index: embedding.pictures.get(names.get(index, "")) for index in shown},
                 cell["problem"],
-                best is not None and best["index"] == cell["index"],
+                mark if best is not None and best["index"] == cell["index"] else "",
                 cell,
             )
         )
     return found
 
 
-def _label(cell: Tree) -> str:
-    pairs = zip(cell["values"], cell["labels"], strict=False)
-    return ", ".join(f"{key} {label}" for key, label in pairs)
+def _labels(tree: Tree, cell: Tree) -> dict[str, str]:
+    """Return the words of each value; they are listed in the order of the axes."""
+    if "axes" in tree:
+        keys = [axis["key"] for axis in tree["axes"]]
+    else:
+        # The values' own order is lost where the tree was read from a file: its keys are sorted.
+        keys = [word.partition("=")[0] for word in cell["words"]]
+    if set(keys) != set(cell["values"]):
+        keys = list(cell["values"])
+    return dict(zip(keys, cell["labels"], strict=False))
 
 
 def sample_views(tree: Tree, shown: Iterable[int], embedding: Embedding) -> list[dict[str, Any]]:
@@ -190,9 +210,9 @@ def table(tree: Tree, axes: Sequence[Tree], cells: Iterable[Cell]) -> dict[str, 
         "metrics": names,
         "rows": [
             {
-                "labels": cell.tree["labels"],
+                "labels": [cell.labels.get(axis["key"], "–") for axis in axes],
                 "problem": cell.problem,
-                "is_best": cell.is_best,
+                "mark": cell.mark,
                 "measured": [shown_number(cell.tree["metrics"].get(name)) for name in names],
                 "unet_rows": number(cell.tree["unet_rows"]),
                 "time": duration(cell.seconds),
@@ -228,7 +248,7 @@ def _settings(cell: Tree) -> list[tuple[str, str]]:
     timesteps = settings["timesteps"]
     return [
         ("Steps", number(settings["steps"])),
-        ("Timesteps", "/".join(map(number, timesteps)) if timesteps else "of the scheduler"),
+        ("Timesteps", "/".join(map(number, timesteps)) if timesteps else "the scheduler’s own"),
         ("Guidance", number(settings["guidance_scale"])),
         ("Image guidance", number(settings["image_guidance_scale"])),
         ("UNet rows", f"{number(cell['unet_rows'])} per edit"),

@@ -12,7 +12,8 @@ COLORS = 6  # that are told apart; with more lines only the one that matters has
 
 _CHARACTER = 7.6  # widest usual width of a letter of the charts' 13 px, in px
 _TEXT_HEIGHT = 17
-_DOT = 3.5
+_GUIDE_Y = 14
+_GUIDE_GAP = 6
 _ROW_HEIGHT = 30
 _LONGEST_NAME = 17  # letters of a row's name; the whole is in its title
 
@@ -149,18 +150,19 @@ def draw_curves(
     y_values = _ticks(min(ys), max(ys), ticks)
     left = 12 + _CHARACTER * max(len(number(value)) for value in y_values)
     stacked = max((list(picks).count(value) for value in picks), default=0)
-    top = 12 + (_TEXT_HEIGHT + 4 if guides else 0)
     bottom = height - 2 * _TEXT_HEIGHT - 8
     floor = bottom - 10 - 9 * stacked
     xs = [point.x for point in points]
     to_x = _scale([*xs, *picks, *(x for x, _ in guides)], left + 8, width - 14)
+    named = _guide_texts(guides, to_x, width)
+    top = 12.0 if not named else max(text.y for text in named) + 12
     to_y = _scale(ys, floor, top)
     best = [point.x for point in points if point.is_best]
     texts = [
         *(Text(left - 6, to_y(value) + 4.5, number(value), "end") for value in y_values),
         *_x_texts([min(xs), max(xs), *best, *sorted(set(xs))], to_x, bottom + 17, width),
         Text((left + width) / 2, height - 5, x_name),
-        *_guide_texts(guides, to_x, width),
+        *named,
     ]
     return Drawing(
         width,
@@ -255,18 +257,21 @@ def _x_texts(values: Sequence[float], to_x: _Scale, y: float, width: float) -> l
 
 
 def _guide_texts(guides: Sequence[tuple[float, str]], to_x: _Scale, width: float) -> list[Text]:
-    """Return the names of dashed lines, on that side of each where the other one is not."""
+    """Return the names of dashed lines: to the left of the first, to the right of the last.
+
+    One that has no room there goes to the other side, in a line of its own.
+    """
     texts = []
-    for x, name in guides:
-        others = [to_x(other) for other, _ in guides if other != x]
-        is_left = any(other > to_x(x) for other in others)
-        length = _CHARACTER * len(name)
-        if not is_left and to_x(x) + length + 6 > width:
-            is_left = True
-        if is_left and to_x(x) - length < 0:
-            is_left = False
-        shift = -6 if is_left else 6
-        texts.append(Text(to_x(x) + shift, 14, name, "end" if is_left else "start"))
+    last = max((x for x, _ in guides), default=0.0)
+    for x, name in sorted(guides):
+        place, length = to_x(x), _CHARACTER * len(name) + _GUIDE_GAP
+        is_left = x < last
+        has_room = place >= length if is_left else place + length <= width
+        y = _GUIDE_Y if has_room else _GUIDE_Y + _TEXT_HEIGHT
+        if is_left == has_room:
+            texts.append(Text(place - _GUIDE_GAP, y, name, "end"))
+        else:
+            texts.append(Text(place + _GUIDE_GAP, y, name, "start"))
     return texts
 
 

@@ -14,7 +14,7 @@ BUDGET_CHARS = 12_000_000  # of all addresses of one page
 
 # Longer side and JPEG quality, best first.
 _LEVELS = ((1024, 90), (640, 88), (448, 85), (320, 80), (224, 75))
-_SMALLEST_OF_ALL = 2  # level from which on fewer groups are better than smaller pictures
+_ENOUGH_PIXELS = 448  # of the longer side: fewer groups are better than smaller pictures
 _PROBES = 12  # pictures that stand for all, to choose the level
 _MARGIN = 0.9  # of the budget: the probes are not all pictures
 _MOST_PIXELS = 1 << 26  # a file that claims more is not opened
@@ -96,16 +96,16 @@ def _choose_level(folder: Path, groups: list[list[str]], budget: int) -> tuple[b
     probes = [image for image in opened if image is not None]
     if not probes:
         return True, *_LEVELS[0]
+    levels = [(False, largest, quality) for largest, quality in _LEVELS]
     if fit_without_loss(probes, len(names) / len(probes)):
-        return True, *_LEVELS[0]
-    first = groups[0]
-    for index, (largest, quality) in enumerate(_LEVELS):
-        texts = [address(image, False, largest=largest, quality=quality) for image in probes]
+        levels.insert(0, (True, *_LEVELS[0]))
+    for is_lossless, largest, quality in levels:
+        texts = [address(image, is_lossless, largest=largest, quality=quality) for image in probes]
         each = sum(map(len, texts)) / len(texts)
-        count = len(names) if index < _SMALLEST_OF_ALL else len(first)
+        count = len(names) if largest > _ENOUGH_PIXELS else len(groups[0])
         if each * count <= budget * _MARGIN:
-            return False, largest, quality
-    return False, *_LEVELS[-1]
+            return is_lossless, largest, quality
+    return levels[-1]
 
 
 def _open(folder: Path, name: str) -> Image.Image | None:

@@ -108,7 +108,11 @@ def by_sample(
         value = cell.mean(name) if cell else None
         shade = shades.get(cell.index, "") if cell else ""
         columns.append(
-            {"label": label, "value": number(value) if value is not None else "", "shade": shade}
+            {
+                "label": label,
+                "value": f"mean {number(value)}" if value is not None else "",
+                "shade": shade,
+            }
         )
     return {
         "title": "",

@@ -24,7 +24,7 @@ def measures(
     """
     groups = _groups(axes, cells)
     lines = [
-        (color_of(index, len(groups), any(cell.is_best for cell in group)), name)
+        (color_of(index, len(groups), any(cell.mark for cell in group)), name)
         for index, (name, group) in enumerate(groups.items())
     ]
     figures = []
@@ -43,8 +43,8 @@ def _groups(axes: Sequence[Tree], cells: Iterable[Cell]) -> dict[str, list[Cell]
     for cell in cells:
         if cell.problem:
             continue
-        labels = zip((axis["key"] for axis in axes), cell.tree["labels"], strict=False)
-        name = ", ".join(f"{key} {label}" for key, label in list(labels)[1:])
+        others = [axis["key"] for axis in axes[1:]]
+        name = ", ".join(f"{key} {cell.labels[key]}" for key in others if key in cell.labels)
         groups.setdefault(name, []).append(cell)
     return groups
 
@@ -69,9 +69,10 @@ def _draw(
             if value is None:
                 continue
             x = finite(cell.values[axis["key"]]) if is_numeric else None
-            point = Point(x or 0.0, value, f"{cell.label}: {number(value)}", is_best=cell.is_best)
+            title = f"{cell.label}: {number(value)}"
+            point = Point(x or 0.0, value, title, is_best=bool(cell.mark))
             points.append(point)
-            rows.append((cell.tree["labels"][0], Line(name, (point,), color)))
+            rows.append((cell.labels[axis["key"]], Line(name, (point,), color)))
         if points:
             curves.append(Line(name, tuple(points), color))
     if not curves:
