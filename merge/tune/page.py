@@ -240,8 +240,9 @@ def _screen(tree: Tree) -> dict[str, Any] | None:
         return None
     named: Tree = next((m for m in tree["metrics"] if m["name"] == screen["name"]), {})
     known = {**named, **screen}
+    title = known.get("title") or screen["name"]
     return {
-        "title": known.get("title") or screen["name"],
+        "title": title[:1].upper() + title[1:],
         "meaning": known.get("meaning") or "",
         "curves": _curves(screen["curves"], tree, is_plain=True),
     }

@@ -13,7 +13,7 @@ from merge.verify.cells import (
     sample_views,
     shown_number,
 )
-from merge.verify.document import number
+from merge.verify.document import GAP, number
 from merge.verify.embedding import Embedding
 
 _SHADES = 5
@@ -50,7 +50,7 @@ def by_axes(
         panels.append(
             {
                 "title": title,
-                "corner": f"{down['key']} ↓ {across['key']} →",
+                "corner": f"{down['key']}{GAP}↓\n{across['key']}{GAP}→",
                 "size": _size(len(across["values"])),
                 "columns": [{"label": text, "value": "", "shade": ""} for text in across["labels"]],
                 "rows": rows,

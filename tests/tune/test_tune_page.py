@@ -47,7 +47,7 @@ def test_a_page_says_what_was_chosen_and_why(tree: dict[str, Any], folder: Path)
         "The check passed.",
         "weight 0.85 0.0013 0.0004 to 0.0022 told apart",
         "Before and after",
-        "endpoint.",
+        "Endpoint. It decides what is measured further.",
         "0.75 chosen 999/659/319/59",
         "A note.",
     ):
@@ -173,7 +173,7 @@ def test_pairs_and_cells_are_compared(
     browser.press("Home", 36)
     pair = "document.querySelector('.pairs .after')"
     assert browser.evaluate(f"getComputedStyle({pair}).clipPath") == "inset(0px 0px 0px 0%)"
-    browser.evaluate("document.querySelector('.shot[data-sample=\"2\"][data-cell=\"3\"]').focus()")
+    browser.evaluate('document.querySelector(\'.shot[data-sample="2"][data-cell="3"]\').focus()')
     browser.press("Enter", 13, "\r")
     seen = browser.evaluate(OPENED)
     assert seen["open"]
