@@ -153,11 +153,16 @@ class Browser:
                 clickCount=1 if kind in ("mousePressed", "mouseReleased") else 0,
             )
 
-    def press(self, key: str, code: int) -> None:
-        """Press and release a key."""
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press and release a key; a button only knows one that has a text."""
         for kind in ("keyDown", "keyUp"):
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                text=text,
             )
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:

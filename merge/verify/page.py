@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import io
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 from merge._version import __version__
 from merge.verify.checks import CHECKS
+from merge.verify.document import (
+    FOLDER,
+    GAP,
+    TINY_PIXELS,
+    address,
+    fit_without_loss,
+    make_environment,
+    number,
+    policy,
+    read_part,
+    seconds,
+)
 from merge.verify.model import Check, EditRow, Picture
 from merge.verify.report import Report, mean
 from merge.verify.verdict import not_judged, verdict
 
-_FOLDER = Path(__file__).parent
-_TINY_PIXELS = 128  # of the longer side: enlarged without smoothing up to here
-_LARGE_PIXELS = 1024  # of the longer side: made smaller and compressed from here on
-_PNG_BUDGET_BYTES = 3_000_000  # of all pictures; above it only tiny ones stay lossless
-_QUALITY = 90
 _SHOWN_DETAILS = 5
 _SHOWN_FAILURES = 6
-# Between a number and its unit.
-_GAP = "\N{NO-BREAK SPACE}"
-
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 # Of pictures, in the order in which they are seen side by side.
@@ -60,11 +58,7 @@ def render_page(report: Report) -> str:
     Everything that comes from a recipe, a file's name or a user is escaped, and the document's own
     policy forbids every script, style and address but those that are in it.
     """
-    style, script = (_read(name) for name in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_source(style)}; "
-        f"script-src {_source(script)}; base-uri 'none'; form-action 'none'"
-    )
+    style, script = (read_part(FOLDER / name) for name in ("page.css", "page.js"))
     template = _environment().get_template("page.html")
     return template.render(
         report=report,
@@ -78,43 +72,26 @@ def render_page(report: Report) -> str:
         kinds=CHECKS,
         titles=_TITLES,
         addresses=_addresses(report.rows),
-        tiny_pixels=_TINY_PIXELS,
+        tiny_pixels=TINY_PIXELS,
         style=style,
         script=script,
-        policy=policy,
+        policy=policy(style, script),
     )
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "count": _count,
         "failure": _failure,
         "limit": _limit,
         "mean": mean,
         "measures": _measures,
-        "number": _number,
-        "seconds": _seconds,
+        "number": number,
+        "seconds": seconds,
         "steps": _steps,
     }
-    return environment
-
-
-@functools.cache
-def _read(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8")
-
-
-def _source(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+    return make_environment(FOLDER, filters)
 
 
 def _formula(report: Report) -> str:
@@ -128,7 +105,7 @@ def _formula(report: Report) -> str:
         return ""
     distilled = names[0] if len(names) == 1 else f"({' + '.join(names)})"
     delta = f"({distilled} − {base})" if base else distilled
-    return f"{target} + {_number(report.recipe.get('weight', 1))} × {delta}"
+    return f"{target} + {number(report.recipe.get('weight', 1))} × {delta}"
 
 
 def _model_name(model: Any) -> str:
@@ -181,7 +158,7 @@ def _limit(check: Check) -> str:
     at_least = CHECKS[check.name].at_least
     if check.limit == 0 and not at_least:
         return "0"
-    return f"{'≥' if at_least else '≤'} {_number(check.limit)}"
+    return f"{'≥' if at_least else '≤'} {number(check.limit)}"
 
 
 def _lines(report: Report, checks: Sequence[Check]) -> list[str]:
@@ -196,7 +173,7 @@ def _lines(report: Report, checks: Sequence[Check]) -> list[str]:
 def _failure(check: Check) -> str:
     kind = CHECKS[check.name]
     doubt = f"{kind.doubt[0].upper()}{kind.doubt[1:]}. " if kind.doubt else ""
-    text = f"{doubt}{kind.title}: measured {_number(check.value)}, limit {_limit(check)}."
+    text = f"{doubt}{kind.title}: measured {number(check.value)}, limit {_limit(check)}."
     shown = "; ".join(check.detail[:_SHOWN_DETAILS])
     hidden = len(check.detail) - _SHOWN_DETAILS
     more = f"; and {hidden} more" if hidden > 0 else ""
@@ -206,21 +183,8 @@ def _failure(check: Check) -> str:
 def _count(value: int) -> str:
     for size, word in ((1_000_000, "M"), (1_000, "k")):
         if value >= size:
-            return f"{value / size:.1f}{_GAP}{word}"
+            return f"{value / size:.1f}{GAP}{word}"
     return str(value)
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        # A lock is a file that anybody can write to.
-        return str(value)
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f}{_GAP}s" if value < 100 else f"{value:.0f}{_GAP}s"
 
 
 def _addresses(rows: Sequence[EditRow]) -> list[dict[str, str]]:
@@ -228,25 +192,5 @@ def _addresses(rows: Sequence[EditRow]) -> list[dict[str, str]]:
 
     They are smaller where all of them would be too much.
     """
-    images = [image for row in rows for image in row.images.values()]
-    size_bytes = sum(len(_encode(image, "PNG", compress_level=1)) for image in images)
-    is_small = size_bytes <= _PNG_BUDGET_BYTES
-    return [{kind: _address(image, is_small) for kind, image in row.images.items()} for row in rows]
-
-
-def _address(image: Image.Image, is_lossless: bool) -> str:
-    longer = max(image.size)
-    if longer <= _TINY_PIXELS or (is_lossless and longer <= _LARGE_PIXELS):
-        kind, data = "png", _encode(image, "PNG", optimize=True)
-    else:
-        if longer > _LARGE_PIXELS:
-            image = image.copy()
-            image.thumbnail((_LARGE_PIXELS, _LARGE_PIXELS), Image.Resampling.LANCZOS)
-        kind, data = "jpeg", _encode(image, "JPEG", quality=_QUALITY, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
+    is_small = fit_without_loss(image for row in rows for image in row.images.values())
+    return [{kind: address(image, is_small) for kind, image in row.images.items()} for row in rows]

@@ -1,0 +1,1 @@
+"""A grid of merges over the values of a recipe, measured and shown side by side."""

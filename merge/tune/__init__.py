@@ -1,0 +1,1 @@
+"""The choice of a recipe's weight by measurement."""
