@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from merge.publication.publish import publish
     from merge.recipe.load import load_recipe
     from merge.records.lock.read import load_lock
-    from merge.run.merging import merge_in_memory
+    from merge.run.in_memory import merge_in_memory
     from merge.run.prepare import prepare_run
     from merge.run.repetition import reproduce
     from merge.run.stages import run_recipe
@@ -53,7 +53,7 @@ _HOMES = {
     "load_image": "merge.editor.pictures",
     "load_lock": "merge.records.lock.read",
     "load_recipe": "merge.recipe.load",
-    "merge_in_memory": "merge.run.merging",
+    "merge_in_memory": "merge.run.in_memory",
     "prepare_run": "merge.run.prepare",
     "publish": "merge.publication.publish",
     "reproduce": "merge.run.repetition",

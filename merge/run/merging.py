@@ -18,7 +18,7 @@ from merge.records.manifest import FileRecord
 from merge.run.prepare import PreparedRun
 from merge.writer.folder import OutputFolder
 from merge.writer.journal import Journal, JournalMark
-from merge.writer.tensors import MemoryFile, TensorFileWriter
+from merge.writer.tensors import TensorFileWriter
 
 if TYPE_CHECKING:
     from merge.engine.execute import MergeResult
@@ -77,53 +77,11 @@ def merge_components(
     merged = MergedFiles(device_words(where), threads or default_threads(str(where)))
     job = _Job(folder, prepared, where, device == "auto", merged, journal, on_bytes)
     results = [job.merge(component) for component in prepared.plan.components]
-    _check_results(prepared, results, merged.overflows)
+    check_results(prepared, results, merged.overflows)
     return merged
 
 
-def merge_in_memory(
-    prepared: PreparedRun, *, device: str = "auto", threads: int | None = None
-) -> Mapping[str, memoryview]:
-    """Merge the weights of every component into memory.
-
-    Args:
-        prepared: What is merged.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        threads: Workers; None for the default.
-
-    Returns:
-        Name of the file in an output to its bytes, the same as `run_recipe` writes.
-
-    Raises:
-        EngineError: nothing changed, and the recipe does not allow that, or the merge failed.
-    """
-    from merge.engine.device import choose_device
-    from merge.engine.execute import execute_plan
-
-    where = choose_device(device)
-    found: dict[str, memoryview] = {}
-    results: list[MergeResult] = []
-    overflows: dict[str, int] = {}
-    for component in prepared.plan.components:
-        file = MemoryFile(component.out_header.file_bytes)
-        result = execute_plan(
-            prepared.plan,
-            component,
-            prepared.recipe,
-            file,
-            device=where,
-            threads=threads or default_threads(str(where)),
-            on_frontier=lambda position, states: None,
-        )
-        file.write(memoryview(component.header_bytes(prepared.digest)), 0)
-        found[component.file_name] = file.data
-        results.append(result)
-        overflows |= _qualified(prepared, component, result)
-    _check_results(prepared, results, overflows)
-    return found
-
-
-def _qualified(
+def qualified_overflows(
     prepared: PreparedRun, component: ComponentPlan, result: MergeResult
 ) -> dict[str, int]:
     """Return a component's replaced values under the keys' full names."""
@@ -131,7 +89,7 @@ def _qualified(
     return {qualified(name, key): count for key, count in result.overflows.items()}
 
 
-def _check_results(
+def check_results(
     prepared: PreparedRun, results: Sequence[MergeResult], overflows: Mapping[str, int]
 ) -> None:
     """Tell of values that a rule replaced, and refuse a merge that changed nothing."""
@@ -201,7 +159,7 @@ class _Job:
             self._lap("fsync", mark)
         self._before += total
         self.merged.files[component.file_name] = FileRecord(total, sha256)
-        self.merged.overflows |= _qualified(self.prepared, component, result)
+        self.merged.overflows |= qualified_overflows(self.prepared, component, result)
         return result
 
     def _execute(

@@ -17,7 +17,7 @@ from merge.plan.build import build_plan
 from merge.plan.export import ExportFiles, plan_export
 from merge.plan.model import MergePlan
 from merge.reader.checkpoint import verify_records
-from merge.recipe.schema import Recipe
+from merge.recipe.schema import Models, Recipe
 from merge.records.lock.model import Lock
 from merge.records.manifest import recipe_digest
 from merge.run.doubts import tell_doubts
@@ -69,7 +69,8 @@ class PreparedRun:
             PlanError: its values do not fit the models.
             ValueError: it names other models, or components whose files were not hashed.
         """
-        if recipe.models != self.recipe.models or recipe.allow_pickle != self.recipe.allow_pickle:
+        same = _without_weights(recipe.models) == _without_weights(self.recipe.models)
+        if not same or recipe.allow_pickle != self.recipe.allow_pickle:
             raise ValueError("the recipe has other models than those that were prepared")
         plan = build_plan(recipe, self.sources)
         if not set(plan.merged) <= set(self.plan.merged):
@@ -87,6 +88,7 @@ def prepare_run(
     check_space: Callable[[int], None] = lambda count: None,
     laps: Laps | None = None,
     on_progress: Progress | None = None,
+    known: Mapping[Path, str] | None = None,
 ) -> PreparedRun:
     """Resolve a recipe's models, fetch what is missing, plan, and hash every input.
 
@@ -97,6 +99,7 @@ def prepare_run(
         check_space: Told the bytes of an output, before anything slow.
         laps: Takes the times of the stages.
         on_progress: Called with stage, done and total, from any thread.
+        known: SHA-256 of files that were hashed a moment ago.
 
     Raises:
         MergeError: of the family that fits; see `merge.errors`.
@@ -115,7 +118,8 @@ def prepare_run(
     check_space(plan.write_bytes)
     recipe = plan.complete(recipe)
     export = plan_export(recipe, plan, sources.target)
-    files = _hashed(sources, export)
+    every, hashed = _hashed(sources, export), known or {}
+    files = [item for item in every if item[1].path not in hashed]
     # A process of its own, which works while torch is imported and the models are compared.
     process = DigestProcess([file.path for _, file in files])
     try:
@@ -128,11 +132,21 @@ def prepare_run(
 
         laps.add("import", mark)
         digests = _wait(process, files, tell)
+        for role, file in every:
+            if file.path in hashed:
+                check_digest(file, hashed[file.path])
+                digests[role, file.name] = hashed[file.path]
         laps.add("import_and_hash", mark)
     finally:
         process.close()
     _check_pickles(plan)
     return PreparedRun(recipe, sources, plan, export, digests, origins)
+
+
+def _without_weights(models: Models) -> Models:
+    """Return models without their own weights, which are values like any other."""
+    distilled = [replace(ref, weight=1.0) for ref in models.distilled]
+    return replace(models, distilled=distilled)
 
 
 def _resolve(recipe: Recipe, out: Path | None, lock: Lock | None, tell: Progress) -> Sources:

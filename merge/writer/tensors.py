@@ -42,6 +42,10 @@ class MemoryFile:
         """Take all of a buffer."""
         self.data[offset : offset + data.nbytes] = data.cast("B")
 
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Give back what was written, for its digest."""
+        buffer[:] = self.data[offset : offset + buffer.nbytes]
+
 
 class TensorFileWriter(Closable):
     """One output file: data first, header last.
