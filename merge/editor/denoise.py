@@ -76,6 +76,45 @@ def make_conditions(
     return Conditions(rows, states, image_latents, {"text_embeds": pooled, "time_ids": time_ids})
 
 
+class GuidedModel:
+    """The UNet with the conditions of a batch, its rows put together by the guidance.
+
+    Attributes:
+        rows: How many rows a picture has.
+        calls: How often it was asked.
+    """
+
+    def __init__(
+        self, editor: Editor, conditions: Conditions, guidance: tuple[float, float]
+    ) -> None:
+        """Fill in the pictures.
+
+        Args:
+            editor: The checkpoint.
+            conditions: Of the batch.
+            guidance: guidance_scale and image_guidance_scale.
+        """
+        self._unet = editor.pipeline.unet
+        self._conditions = conditions
+        self._guidance = guidance
+        self._inputs, self._noisy = _input_buffer(conditions, self._unet.dtype)
+        self.rows = int(conditions.rows)
+        self.calls = 0
+
+    def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the guided prediction, `(n, 4, h, w)` float32.
+
+        Args:
+            noisy: What the UNet is given, `(n, 4, h, w)`.
+            timestep: On the device.
+        """
+        self.calls += 1
+        self._noisy.copy_(noisy)
+        prediction = self._conditions.predict(self._unet, self._inputs, timestep)
+        guided: torch.Tensor = combine(prediction.chunk(self.rows), *self._guidance)
+        return guided
+
+
 def denoise(
     editor: Editor,
     schedule: Schedule,
@@ -83,8 +122,10 @@ def denoise(
     noise: Noise,
     guidance: tuple[float, float],
     on_step: OnStep | None = None,
-) -> torch.Tensor:
-    """Run the steps and return the latents, `(n, 4, h, w)` float32.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the steps; return the latents and the first step's answer, `(n, 4, h, w)` float32.
+
+    Only a consistency model's step has an answer, the picture that it would end in.
 
     The latents stay in float32 between the steps; only what enters the UNet is in its dtype.
 
@@ -96,19 +137,18 @@ def denoise(
         guidance: guidance_scale and image_guidance_scale.
         on_step: Called with the number of finished steps and of all.
     """
-    unet = editor.pipeline.unet
+    predict = GuidedModel(editor, conditions, guidance)
     latents = noise.first * schedule.init_noise_sigma
-    inputs, noisy = _input_buffer(conditions, unet.dtype)
     timesteps = editor.move(schedule.timesteps)
-    steps = len(timesteps)
+    steps, first = len(timesteps), None
     for index in range(steps):
-        noisy.copy_(schedule.scale(latents, index))
-        prediction = conditions.predict(unet, inputs, timesteps[index])
-        guided = combine(prediction.chunk(conditions.rows), *guidance)
+        guided = predict(schedule.scale(latents, index), timesteps[index])
+        if index == 0:
+            first = schedule.answer(index, guided, latents)
         latents = schedule.step(index, guided, latents, noise)
         if on_step is not None:
             on_step(index + 1, steps)
-    return latents
+    return latents, first
 
 
 def _input_buffer(conditions: Conditions, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

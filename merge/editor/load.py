@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from merge.editor.settings import EditSettings, outside_range
+from merge.editor.weights import Tensors, build_network
 from merge.editor.whole import check_file, check_folder
 from merge.errors import CheckpointError, DeviceError, SourceNotFoundError
 from merge.family.model import Family
@@ -77,6 +78,26 @@ class Editor:
         """Return num_train_timesteps of the scheduler."""
         return int(self.pipeline.scheduler.config.num_train_timesteps)
 
+    def use_scheduler(self, config: Mapping[str, Any]) -> None:
+        """Take another scheduler.
+
+        Args:
+            config: Contents of a `scheduler_config.json`, with its class.
+
+        Raises:
+            CheckpointError: diffusers has no such class, or it does not take these values.
+        """
+        import diffusers
+
+        name = str(config.get("_class_name"))
+        try:
+            with warnings.catch_warnings():
+                # Of the libraries about one another.
+                warnings.simplefilter("ignore")
+                self.pipeline.scheduler = getattr(diffusers, name).from_config(dict(config))
+        except (AttributeError, TypeError, ValueError, ImportError) as error:
+            raise CheckpointError(f"the scheduler {name} does not load: {error}") from error
+
     def use_lcm(self) -> None:
         """Put LCMScheduler in place of another scheduler, with the same configuration."""
         import diffusers
@@ -112,6 +133,7 @@ def load_editor(
     scheduler: str = "lcm",
     compile_unet: bool = False,
     allow_tf32: bool = False,
+    weights: Mapping[str, Tensors] | None = None,
 ) -> Editor:
     """Load an exported folder or single file for editing.
 
@@ -130,6 +152,7 @@ def load_editor(
             on CUDA with CUDA graphs. That takes a minute or more; pictures then differ by rounding.
         allow_tf32: Let a GPU multiply float32 numbers in TF32, with ten bits of fraction: faster,
             and pictures differ by more than rounding. Nothing to float16 and bfloat16.
+        weights: Component to its tensors, of those that a folder has no weight files of.
 
     Raises:
         SourceNotFoundError: there is no such pipeline.
@@ -152,7 +175,11 @@ def load_editor(
         check_file(folder, configs)
     else:
         check_folder(folder, index)
-    pipeline = _load_pipeline(folder, configs, family, getattr(torch, dtype))
+    networks = {
+        name: build_network(folder / name, index[name], tensors, getattr(torch, dtype))
+        for name, tensors in (weights or {}).items()
+    }
+    pipeline = _load_pipeline(folder, configs, family, getattr(torch, dtype), networks)
     _check_channels(folder, pipeline)
     editor = Editor(pipeline, family, folder, where, compile_unet, allow_tf32)
     is_export = (configs / MANIFEST_NAME).is_file()
@@ -198,11 +225,17 @@ def _config_folder(checkpoint: Path, config: str | Path | None) -> Path:
     return Path(config)
 
 
-def _load_pipeline(folder: Path, configs: Path, family: Family, dtype: torch.dtype) -> Any:
+def _load_pipeline(
+    folder: Path,
+    configs: Path,
+    family: Family,
+    dtype: torch.dtype,
+    networks: Mapping[str, Any],
+) -> Any:
     import diffusers
 
     diffusers.logging.disable_progress_bar()
-    extra = dict(family.pipeline_options)
+    extra = {**family.pipeline_options, **networks}
     try:
         with warnings.catch_warnings():
             # Of the libraries about one another, such as a scheduler's about numpy.

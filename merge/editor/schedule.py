@@ -41,6 +41,12 @@ class Schedule(Protocol):
         """Return the latents after step `index`, all in float32."""
         ...
 
+    def answer(
+        self, index: int, prediction: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the picture that step `index` ends in; None where a step ends in no picture."""
+        ...
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Noise:
@@ -162,9 +168,7 @@ class _LcmSchedule:
     def scale(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         return latents
 
-    def step(
-        self, index: int, prediction: torch.Tensor, latents: torch.Tensor, noise: Noise
-    ) -> torch.Tensor:
+    def answer(self, index: int, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         numbers = self._steps[index]
         if self._prediction_type == "epsilon":
             clean = (latents - numbers.beta * prediction) / numbers.alpha
@@ -174,7 +178,13 @@ class _LcmSchedule:
             clean = prediction
         if self._clip is not None:
             clean = clean.clamp(-self._clip, self._clip)
-        denoised = numbers.c_out * clean + numbers.c_skip * latents
+        return numbers.c_out * clean + numbers.c_skip * latents
+
+    def step(
+        self, index: int, prediction: torch.Tensor, latents: torch.Tensor, noise: Noise
+    ) -> torch.Tensor:
+        numbers = self._steps[index]
+        denoised = self.answer(index, prediction, latents)
         if index == self.noises:
             return denoised
         return numbers.next_alpha * denoised + numbers.next_beta * noise.steps[index]
@@ -210,3 +220,6 @@ class _StockSchedule:
             return_dict=False,
         )[0]
         return following
+
+    def answer(self, index: int, prediction: torch.Tensor, latents: torch.Tensor) -> None:
+        return None

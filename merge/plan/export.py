@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge.disclosure.portable import blank_file, blank_places, describe_blank, is_config
+from merge.family.model import Family
 from merge.json_files import json_bytes
 from merge.plan.model import MergePlan
 from merge.recipe.schema import Recipe, SchedulerSpec
@@ -59,10 +60,7 @@ def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> Expor
     index["_class_name"] = family.pipeline_class
     index["scheduler"] = ["diffusers", recipe.scheduler.class_name]
     write("model_index.json", index)
-    version = index.get("_diffusers_version")
-    kept = family.scheduler_keys
-    scheduler = scheduler_config(recipe.scheduler, target.scheduler or {}, version, kept)
-    write("scheduler/scheduler_config.json", scheduler)
+    write("scheduler/scheduler_config.json", exported_scheduler(recipe, family, target))
     written_anew = {component.name for component in plan.components}
     written_anew |= {name.partition("/")[0] for name in plan.relaid}
     copies: dict[str, SourceFile] = {}
@@ -76,6 +74,13 @@ def plan_export(recipe: Recipe, plan: MergePlan, target: ResolvedModel) -> Expor
                 written[name] = json_bytes(blank)
                 warnings.append(describe_blank(name, fields))
     return ExportFiles(copies, written, tuple(warnings))
+
+
+def exported_scheduler(recipe: Recipe, family: Family, target: ResolvedModel) -> dict[str, Any]:
+    """Return the scheduler config that an export of a whole pipeline has."""
+    version = target.pipeline.model_index.get("_diffusers_version") if target.pipeline else None
+    kept = family.scheduler_keys
+    return scheduler_config(recipe.scheduler, target.scheduler or {}, version, kept)
 
 
 def scheduler_config(
