@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -54,6 +55,20 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}", []) from error
     return parse_recipe(text, path, overrides)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Change values of a recipe that is loaded already.
+
+    Args:
+        recipe: From `load_recipe`.
+        overrides: As for `load_recipe`.
+
+    Raises:
+        RecipeError: with all problems at once.
+    """
+    text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return parse_recipe(text, Path(f"{recipe.name}.yaml"), overrides)
 
 
 def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:

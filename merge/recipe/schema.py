@@ -141,6 +141,21 @@ class EditSpec:
 
 
 @dataclass(frozen=True)
+class CompareSpec:
+    """How the target edits by itself: what merged models are compared with and tuned by.
+
+    Attributes:
+        steps: Of the target's own scheduler.
+        guidance_scale: Of the instruction, at those steps; InstructPix2Pix's customary value.
+        image_guidance_scale: Of the picture, at those steps; likewise.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 1.5
+
+
+@dataclass(frozen=True)
 class VerifySpec:
     """Settings of the closing edits.
 
@@ -153,6 +168,7 @@ class VerifySpec:
         original_inference_steps: Length of the LCM schedule that steps are picked from.
         timesteps: Explicit timesteps instead of `steps`.
         seeds: One edit per seed.
+        compare: The target's own settings.
     """
 
     edits: list[EditSpec] = field(default_factory=list)
@@ -163,6 +179,7 @@ class VerifySpec:
     original_inference_steps: int = 50
     timesteps: list[int] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
+    compare: CompareSpec = field(default_factory=CompareSpec)
 
 
 @dataclass(frozen=True)

@@ -190,10 +190,13 @@ def _check_verify(verify: VerifySpec) -> Iterator[str]:
         yield f"verify.original_inference_steps: {limit} is not within 1 to 1000"
     elif not 1 <= verify.steps <= limit:
         yield f"verify.steps: {verify.steps} is not within 1 to original_inference_steps ({limit})"
-    for name in ("guidance_scale", "image_guidance_scale"):
-        value = getattr(verify, name)
-        if not (math.isfinite(value) and value >= 0):
-            yield f"verify.{name}: {value} is not a finite number of at least 0"
+    for where, spec in (("verify", verify), ("verify.compare", verify.compare)):
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(spec, name)
+            if not (math.isfinite(value) and value >= 0):
+                yield f"{where}.{name}: {value} is not a finite number of at least 0"
+    if not 1 <= verify.compare.steps <= 1000:
+        yield f"verify.compare.steps: {verify.compare.steps} is not within 1 to 1000"
     if not 8 <= verify.resolution <= 8192:
         yield f"verify.resolution: {verify.resolution} is not within 8 to 8192 pixels"
     yield from timesteps_problems("verify.timesteps", verify.timesteps)

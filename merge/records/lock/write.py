@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from merge._version import __version__
-from merge.recipe.schema import ModelRef, Recipe
+from merge.recipe.schema import CompareSpec, ModelRef, Recipe
 from merge.records.manifest import InputDigests, input_record
 from merge.sources.model import ResolvedModel, Sources
 
@@ -65,6 +65,9 @@ def portable_recipe(recipe: Recipe, resolved: Mapping[str, ResolvedModel]) -> di
     for edit in tree["verify"]["edits"]:
         edit["image"] = Path(edit["image"]).name
         edit["expected"] = [Path(name).name for name in edit["expected"]]
+    if recipe.verify.compare == CompareSpec():
+        # As every recipe has it that says nothing of it.
+        del tree["verify"]["compare"]
     return tree
 
 
