@@ -120,6 +120,7 @@ def make_tune(folder: Path, *, size: int = 24) -> dict[str, Any]:
         "over": ["weight"],
         "chosen": {"weight": 0.75, "guidance_scale": 1.0, "timesteps": LISTS[0], "steps": 4},
         "words": ["weight=0.75"],
+        "command": ["instruct-merge", "run", "demo", "weight=0.75"],
         "before": {"weight": 0.85, "guidance_scale": 1.0, "timesteps": LISTS[0], "steps": 4},
         "decides": dict(METRICS[0]),
         "spread": {"folds": [0.75, 0.75, 0.85, 0.75], "low": 0.75, "high": 0.85},
@@ -185,7 +186,8 @@ def _cell(
         "index": index,
         "values": dict(values),
         "labels": [label(value) for value in values.values()],
-        "words": [f"{key}={label(value)}" for key, value in values.items()],
+        "words": (words := [f"{key}={label(value)}" for key, value in values.items()]),
+        "command": ["instruct-merge", "run", "demo", *words],
         "recipe_digest": f"{index:064x}",
         "sha256": f"{index + 0xABCDEF0123456789 * 16**48:064x}",
         "settings": {

@@ -36,11 +36,13 @@ LAYERS = {
     "extract": 5,
     "publication": 5,
     "run": 6,
-    "cli": 7,
-    "__main__": 7,
-    "__init__": 7,
+    "sweep": 7,
+    "tune": 7,
+    "cli": 8,
+    "__main__": 8,
+    "__init__": 8,
 }
-TORCH_USERS = {"engine", "editor", "extract", "verify"}
+TORCH_USERS = {"engine", "editor", "extract", "verify", "sweep"}
 PRINTERS = {"cli", "__main__"}
 
 

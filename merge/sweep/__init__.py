@@ -1,1 +1,1 @@
-"""A grid of merges over the values of a recipe, measured and shown side by side."""
+"""Grids over a recipe: every combination of some values merged, edited with and measured."""

@@ -10,8 +10,7 @@ from typing import Any
 
 import jinja2
 
-from merge.verify import document
-from merge.verify.cells import (
+from merge.sweep.view.cells import (
     Cell,
     Tree,
     cells_along,
@@ -26,11 +25,12 @@ from merge.verify.cells import (
     table,
     tool_name,
 )
+from merge.sweep.view.grids import by_axes, by_sample
+from merge.sweep.view.measures import measures
+from merge.verify import document
 from merge.verify.document import duration, make_environment, number, policy, read_part
-from merge.verify.grids import by_axes, by_sample
-from merge.verify.measures import measures
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def render_sweep(tree: Mapping[str, Any], folder: Path) -> str:
@@ -57,12 +57,12 @@ def render(
         view: What the template needs besides.
         styles: Files of the template's folder, after the report's and the grid's own.
     """
-    paths = [document.FOLDER / "page.css", _FOLDER / "page.css"]
+    paths = [document.FOLDER / "page.css", FOLDER / "page.css"]
     loader = environment.loader
     assert isinstance(loader, jinja2.FileSystemLoader)
     paths += [Path(loader.searchpath[0]) / style for style in styles]
     style = "".join(read_part(path) for path in dict.fromkeys(paths))
-    script = read_part(_FOLDER / "page.js")
+    script = read_part(FOLDER / "page.js")
     return environment.get_template(name).render(
         **view, style=style, script=script, policy=policy(style, script)
     )
@@ -70,7 +70,7 @@ def render(
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return make_environment(_FOLDER, {})
+    return make_environment((FOLDER,), {})
 
 
 def _view(tree: Tree, folder: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _outcome(tree: Tree, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "is_good": tree["complete"] and best is not None,
         "verdict": words,
-        "command": command_of(tree["recipe"], tree["best"]["words"]) if best is not None else "",
+        "command": command_of(best.tree) if best is not None else "",
         "doubts": doubts,
     }
 

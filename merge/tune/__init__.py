@@ -1,1 +1,1 @@
-"""The choice of a recipe's weight by measurement."""
+"""The weight of a merge, and settings of its edits, chosen by measuring."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import jinja2
 
+from merge.sweep import page
 from merge.sweep.page import render
-from merge.verify.cells import (
+from merge.sweep.view.cells import (
     Cell,
     Tree,
     command_of,
@@ -26,10 +27,10 @@ from merge.verify.cells import (
     table,
     tool_name,
 )
-from merge.verify.charts import Drawing, Line, Point, color_of, draw_curves
+from merge.sweep.view.charts import Drawing, Line, Point, color_of, draw_curves
+from merge.sweep.view.grids import by_sample
+from merge.sweep.view.measures import measures
 from merge.verify.document import duration, make_environment, number
-from merge.verify.grids import by_sample
-from merge.verify.measures import measures
 
 _FOLDER = Path(__file__).parent
 _WIDE, _NARROW = (1000, 340), (360, 260)
@@ -57,7 +58,7 @@ def render_tune(tree: Mapping[str, Any], folder: Path) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return make_environment(_FOLDER, {"number": number})
+    return make_environment((_FOLDER, page.FOLDER), {"number": number})
 
 
 def _view(tree: Tree, folder: Path) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _view(tree: Tree, folder: Path) -> dict[str, Any]:
         "is_decided": tree["decided"],
         "verdict": _verdict(tree),
         "reason": tree["reason"],
-        "command": command_of(tree["recipe"], tree["words"]) if tree["decided"] else "",
+        "command": command_of(tree) if tree["decided"] else "",
         "facts": _facts(tree),
         "decides": _decides(tree),
         "curves": _curves(tree["curves"], tree),

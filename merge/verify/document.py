@@ -7,7 +7,7 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ _PNG_BUDGET_BYTES = 3_000_000  # of all pictures; above it only tiny ones stay l
 _QUALITY = 90
 
 
-def make_environment(folder: Path, filters: Mapping[str, Callable[..., Any]]) -> jinja2.Environment:
-    """Return where the templates of a folder are rendered.
+def make_environment(
+    folders: Sequence[Path], filters: Mapping[str, Callable[..., Any]]
+) -> jinja2.Environment:
+    """Return where the templates of some folders are rendered.
 
     Everything is escaped, and a name that a template was not given is an error.
 
     Args:
-        folder: Of the templates; those of this module's folder are found too.
+        folders: Of the templates, in the order in which they are looked for.
         filters: By their names.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, FOLDER]),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

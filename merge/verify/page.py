@@ -91,7 +91,7 @@ def _environment() -> jinja2.Environment:
         "seconds": seconds,
         "steps": _steps,
     }
-    return make_environment(FOLDER, filters)
+    return make_environment((FOLDER,), filters)
 
 
 def _formula(report: Report) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from merge.sweep.page import render_sweep
-from merge.verify import embedding
-from merge.verify.charts import Line, Point, draw_curves, draw_rows
+from merge.sweep.view import embedding
+from merge.sweep.view.charts import Line, Point, draw_curves, draw_rows
 from tests.browser import CHROMIUM, Browser
 from tests.reports import plain_picture
 from tests.sweep_trees import LISTS, WEIGHTS, axis, make_sweep
@@ -168,6 +168,7 @@ def hostile(tree: dict[str, Any], word: str) -> dict[str, Any]:
     for cell in tree["cells"]:
         cell["labels"] = [word, word]
         cell["words"] = [word, word]
+        cell["command"] = [word]
         cell["sha256"] = cell["recipe_digest"] = word
     tree["cells"][1].update(problem=word, metrics={}, pictures=[])
     tree["best"]["words"] = [word]

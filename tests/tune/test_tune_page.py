@@ -112,7 +112,9 @@ def test_a_page_of_little_is_still_shown(tree: dict[str, Any], folder: Path) -> 
 
 def hostile(tree: dict[str, Any], word: str) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
-    tree.update(recipe=word, device=f"cpu {word}", notes=[word], reason=word, words=[word])
+    tree.update(
+        recipe=word, device=f"cpu {word}", notes=[word], reason=word, words=[word], command=[word]
+    )
     tree["decides"] |= {"title": word, "meaning": word}
     tree["held_out"]["what"] = word
     tree["screen"] |= {"title": word, "meaning": word}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge.sweep.view.embedding import BUDGET_CHARS, Embedded, Embedding, embed
 from merge.verify.document import duration, number, seconds
-from merge.verify.embedding import BUDGET_CHARS, Embedded, Embedding, embed
 
 Tree = Mapping[str, Any]
 
@@ -70,9 +70,9 @@ def tool_name(tree: Tree) -> str:
     return f"{tree['tool']['name']} {tree['tool']['version']}"
 
 
-def command_of(recipe: str, words: Iterable[str]) -> str:
-    """Return the command line that makes a cell's merge."""
-    return shlex.join(["instruct-merge", "run", recipe, *words])
+def command_of(tree: Tree) -> str:
+    """Return the command line that makes a merge, of its words."""
+    return shlex.join(tree["command"])
 
 
 def deciding_metric(tree: Tree) -> Tree | None:
@@ -233,7 +233,7 @@ def dialog_data(tree: Tree, cells: Iterable[Cell]) -> dict[str, Any]:
         "cells": {
             str(cell.index): {
                 "label": cell.label,
-                "command": command_of(tree["recipe"], cell.tree["words"]),
+                "command": command_of(cell.tree),
                 "facts": _settings(cell.tree),
                 "measures": [_measure(metric, cell, tree) for metric in tree["metrics"]],
             }

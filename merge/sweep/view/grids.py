@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge.verify.cells import (
+from merge.sweep.view.cells import (
     Cell,
     Tree,
     cells_along,
@@ -13,8 +13,8 @@ from merge.verify.cells import (
     sample_views,
     shown_number,
 )
+from merge.sweep.view.embedding import Embedding
 from merge.verify.document import GAP, number
-from merge.verify.embedding import Embedding
 
 _SHADES = 5
 # Of columns up to which pictures are this large; the smallest ones are for what has more.

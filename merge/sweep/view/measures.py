@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from merge.verify.cells import Cell, Tree, finite
-from merge.verify.charts import Drawing, Line, Point, color_of, draw_curves, draw_rows
+from merge.sweep.view.cells import Cell, Tree, finite
+from merge.sweep.view.charts import Drawing, Line, Point, color_of, draw_curves, draw_rows
 from merge.verify.document import number
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better"}

@@ -1,0 +1,295 @@
+"""One resident model that takes the weights of one cell after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from merge.background.closable import Closable
+from merge.editor.batches import edit_many
+from merge.editor.denoise import GuidedModel, make_conditions
+from merge.editor.guidance import choose_rows
+from merge.editor.load import Editor, load_editor
+from merge.editor.pictures import load_image, resize_image
+from merge.editor.precision import float32_precision
+from merge.editor.result import EditRequest, EditResult, in_8_bits
+from merge.editor.schedule import Noise, draw_noise, make_schedule
+from merge.editor.settings import EditSettings, check_settings
+from merge.editor.text import empty_text, encode_texts
+from merge.editor.vae import decode_latents, encode_pictures
+from merge.editor.weights import put_tensors, view_tensors
+from merge.errors import NonFiniteError
+from merge.plan.export import exported_scheduler
+from merge.run.in_memory import MemoryMerger
+from merge.run.prepare import PreparedRun
+from merge.run.skeleton import write_skeleton
+from merge.sweep.jobs import (
+    TARGET,
+    BenchSpec,
+    CellFailed,
+    CellFound,
+    CellJob,
+    Job,
+    ReferenceFound,
+    ReferenceJob,
+    ResidualJob,
+    SampleReference,
+)
+from merge.sweep.measures import measure_samples, residual_of
+from merge.sweep.model import Cell, Sample
+from merge.sweep.path import NoiseLevels, follow_path
+from merge.verify.drawings import draw_picture
+from merge.verify.memory import free_memory
+
+# Pixels of the pictures that go through the model together: eight of 512 px on a GPU.
+_GPU_PIXELS, _CPU_PIXELS = 8 * 512 * 512, 2 * 512 * 512
+_MOST_PICTURES = 64
+Tell = Callable[[int], None]
+
+
+def make_bench(spec: BenchSpec) -> Bench:
+    """Return a worker; it loads a model with its first job."""
+    return Bench(spec)
+
+
+class Bench(Closable):
+    """Does jobs with one model in memory, whose weights are replaced in place."""
+
+    def __init__(self, spec: BenchSpec) -> None:
+        self._spec = spec
+        self._merger = MemoryMerger("cpu" if spec.device == "mps" else spec.device, spec.threads)
+        self._editor: Editor | None = None
+        # Whose weights the editor has: index of the models, and digest or `TARGET`.
+        self._models, self._digest = -1, ""
+        self._sha256 = ""
+        self._scheduler: dict[str, Any] = {}
+        self._pictures: dict[tuple[str, int], Image.Image] = {}
+
+    def run(self, job: Job, on_progress: Tell) -> Any:
+        """Do a job.
+
+        Args:
+            job: What.
+            on_progress: Told the UNet rows that were evaluated since the last call.
+
+        Raises:
+            MergeError: of the family that fits.
+        """
+        if isinstance(job, CellJob):
+            try:
+                return self._measure(job, on_progress)
+            except NonFiniteError as error:
+                return CellFailed(error.message)
+        if isinstance(job, ReferenceJob):
+            return self._follow(job, on_progress)
+        return self._residual(job, on_progress)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        if self._editor is not None:
+            self._editor = None
+            self._merger = MemoryMerger()
+            free_memory()
+
+    # Weights ---------------------------------------------------------------------------------
+
+    def _take(self, cell: Cell, *, is_target: bool) -> Editor:
+        """Return the model with the weights of a cell, or of its unmerged target."""
+        first = self._spec.prepared[cell.models]
+        wanted = TARGET if is_target else cell.digest
+        if (self._models, self._digest) != (cell.models, wanted):
+            recipe = _target_recipe(first) if is_target else cell.recipe
+            prepared = first.with_recipe(recipe)
+            self._digest = ""
+            self._merger.merge(prepared)
+            self._put(cell.models, prepared)
+            self._digest = wanted
+            self._sha256 = self._merger.files[prepared.plan.main.file_name].sha256
+        assert self._editor is not None
+        # The target too has the cell's own scheduler, for its noise and its timesteps.
+        config = exported_scheduler(cell.recipe, first.plan.family, first.sources.target)
+        if config != self._scheduler:
+            self._editor.use_scheduler(config)
+            self._scheduler = config
+        return self._editor
+
+    def _put(self, models: int, prepared: PreparedRun) -> None:
+        """Put what was merged into the model; load one where there is none for these files."""
+        data = self._merger.data
+        tensors = {
+            component.name: view_tensors(data[component.file_name], component.out_header)
+            for component in prepared.plan.components
+        }
+        if self._editor is not None and models == self._models:
+            for name, values in tensors.items():
+                put_tensors(getattr(self._editor.pipeline, name), values, name)
+            return
+        self._editor, self._scheduler = None, {}
+        free_memory()
+        with tempfile.TemporaryDirectory() as scratch:
+            write_skeleton(prepared, Path(scratch))
+            self._editor = load_editor(
+                scratch, device=self._spec.device, scheduler="own", weights=tensors
+            )
+        self._models = models
+
+    # Jobs ------------------------------------------------------------------------------------
+
+    def _measure(self, job: CellJob, tell: Tell) -> CellFound:
+        started = time.perf_counter()
+        cell = job.cell
+        editor = self._take(cell, is_target=False)
+        merged = time.perf_counter()
+        results: dict[int, EditResult] = {}
+        for indices in self._batches(cell, range(len(cell.samples))):
+            settings = cell.settings[indices[0]]
+            requests = [
+                EditRequest(self._picture(cell, index), sample.edit.instruction, sample.seed)
+                for index, sample in ((i, cell.samples[i]) for i in indices)
+            ]
+            found = edit_many(editor, requests, settings, batch_size=len(indices))
+            for index, result in zip(indices, found, strict=True):
+                results[index] = result
+                tell(result.unet_rows)
+        edited = time.perf_counter()
+        ordered = [results[index] for index in range(len(cell.samples))]
+        values = measure_samples(
+            ordered,
+            cell.samples,
+            job.references.get() if job.references is not None else None,
+            self._spec.metrics,
+        )
+        pictures = {index: _in_bytes(ordered[index]) for index in job.shown}
+        done = time.perf_counter()
+        return CellFound(
+            sha256=self._sha256,
+            values=values,
+            pictures=pictures,
+            latents=tuple(result.latents for result in ordered),
+            unet_rows=sum(result.unet_rows for result in ordered) / len(ordered),
+            seconds={"merge": merged - started, "edit": edited - merged, "measure": done - edited},
+            device=_device_words(editor),
+        )
+
+    @torch.inference_mode()
+    def _follow(self, job: ReferenceJob, tell: Tell) -> ReferenceFound:
+        started = time.perf_counter()
+        cell = job.cell
+        editor = self._take(cell, is_target=True)
+        references, sources, pictures, rows = {}, {}, {}, 0
+        for indices in self._batches(cell, job.indices):
+            images = [self._picture(cell, index) for index in indices]
+            settings = cell.settings[indices[0]]
+            check_settings(settings, trained_steps=editor.trained_steps, is_lcm=editor.is_lcm)
+            schedule = make_schedule(editor.pipeline.scheduler, settings)
+            with float32_precision(allows_tf32=editor.allows_tf32):
+                predict, latents = self._guided(
+                    editor, [cell.samples[index] for index in indices], images
+                )
+                drawn, generators = draw_noise(
+                    [cell.samples[index].seed for index in indices], latents.shape[1:], schedule
+                )
+                noise, *following = editor.move(drawn)
+                count = predict.rows * len(indices)
+                first, last = follow_path(
+                    editor,
+                    schedule,
+                    predict,
+                    Noise(noise, tuple(following), generators),
+                    lambda count=count: tell(count),  # type: ignore[misc]
+                )
+                seen = decode_latents(editor, last).cpu().numpy()
+            rows += count * predict.calls
+            for at, index in enumerate(indices):
+                references[index] = SampleReference(first[at].cpu().numpy(), last[at].cpu().numpy())
+                sources[index] = np.asarray(images[at])
+                pictures[index] = np.asarray(in_8_bits(seen[at]))
+        seconds = time.perf_counter() - started
+        return ReferenceFound(references, rows, seconds, sources, pictures)
+
+    @torch.inference_mode()
+    def _residual(self, job: ResidualJob, tell: Tell) -> tuple[float | None, ...]:
+        cell = job.cell
+        editor = self._take(cell, is_target=True)
+        levels = NoiseLevels.of(editor.pipeline.scheduler)
+        values: dict[int, float | None] = {}
+        for indices in self._batches(cell, range(len(cell.samples))):
+            images = [self._picture(cell, index) for index in indices]
+            latents = torch.from_numpy(np.stack([job.latents[index] for index in indices]))
+            with float32_precision(allows_tf32=editor.allows_tf32):
+                predict, _ = self._guided(
+                    editor, [cell.samples[index] for index in indices], images
+                )
+                found = residual_of(editor, levels, predict, latents)
+            values |= dict(zip(indices, found, strict=True))
+            tell(predict.rows * predict.calls * len(indices))
+        return tuple(values[index] for index in range(len(cell.samples)))
+
+    def _guided(
+        self, editor: Editor, samples: Sequence[Sample], images: Sequence[Image.Image]
+    ) -> tuple[GuidedModel, torch.Tensor]:
+        """Return the target with its own guidance, and the pictures' latents."""
+        rows = choose_rows(*self._spec.guidance)
+        texts = encode_texts(editor, [sample.edit.instruction for sample in samples])
+        empty = empty_text(editor, texts[0]) if rows > 1 else None
+        latents = encode_pictures(editor, images)
+        conditions = make_conditions(editor, rows, texts, empty, latents)
+        return GuidedModel(editor, conditions, self._spec.guidance), latents
+
+    # Pictures --------------------------------------------------------------------------------
+
+    def _picture(self, cell: Cell, index: int) -> Image.Image:
+        """Return what the model sees of a sample: its picture, resized."""
+        assert self._editor is not None
+        edit, resolution = cell.samples[index].edit, self._resolution(cell.settings[index])
+        key = (str(edit.image or edit.drawing), resolution)
+        if key not in self._pictures:
+            loaded = (
+                draw_picture(edit.drawing, resolution)
+                if edit.image is None
+                else load_image(edit.image)
+            )
+            self._pictures[key] = resize_image(loaded, resolution, self._editor.size_multiple)
+        return self._pictures[key]
+
+    def _resolution(self, settings: EditSettings) -> int:
+        assert self._editor is not None
+        return settings.resolution or self._editor.default_resolution
+
+    def _batches(self, cell: Cell, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Yield indices of samples that are edited together: of one size and one setting."""
+        assert self._editor is not None
+        most = self._spec.batch_pixels
+        if most is None:
+            most = _CPU_PIXELS if self._editor.device.type == "cpu" else _GPU_PIXELS
+        groups: dict[Any, list[int]] = {}
+        for index in indices:
+            size = self._picture(cell, index).size
+            settings = dataclasses.replace(cell.settings[index], seed=0)
+            groups.setdefault((size, settings), []).append(index)
+        for (size, _), group in groups.items():
+            count = min(_MOST_PICTURES, max(1, most // (size[0] * size[1])))
+            for begin in range(0, len(group), count):
+                yield group[begin : begin + count]
+
+
+def _target_recipe(prepared: PreparedRun) -> Any:
+    """Return the recipe that leaves every weight as the target has it."""
+    return dataclasses.replace(prepared.recipe, exclude=["*"], block_weights={}, allow_noop=True)
+
+
+def _in_bytes(result: EditResult) -> Any:
+    return np.asarray(result.to_pil())
+
+
+def _device_words(editor: Editor) -> str:
+    dtype = str(editor.pipeline.unet.dtype).removeprefix("torch.")
+    return f"{editor.device.type} {dtype}"
