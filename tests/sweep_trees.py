@@ -68,7 +68,6 @@ def make_sweep(
         "recipe": "demo",
         "complete": True,
         "device": "cpu float32",
-        "threads": 2,
         "axes": copy.deepcopy(list(axes)),
         "samples": samples,
         "reference": REFERENCE if reference else None,

@@ -25,6 +25,8 @@ _COMMANDS = {
     "validate": "recipes",
     "recipes": "recipes",
     "edit": "edit",
+    "sweep": "sweep",
+    "tune": "tune",
     "verify": "verify",
     "reproduce": "merge",
     "publish": "publish",

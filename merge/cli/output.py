@@ -24,10 +24,12 @@ _STAGE_WORDS = {
     "extract": "extracting",
     "hash": "hashing",
     "merge": "merging",
+    "sweep": "measuring",
     "verify": "editing",
 }
 # Over in a moment: no bar.
 _SILENT_STAGES = ("resolve",)
+_UNITS = {"sweep": " UNet rows"}
 _BYTE_STAGES = ("convert", "download", "hash", "merge")
 
 
@@ -92,8 +94,8 @@ class Bars(Closable):
                 self._bar = bar_class(
                     total=total,
                     desc=_STAGE_WORDS.get(stage, stage),
-                    unit="B" if in_bytes else "",
-                    unit_scale=in_bytes,
+                    unit="B" if in_bytes else _UNITS.get(stage, ""),
+                    unit_scale=in_bytes or stage in _UNITS,
                     disable=self._disable or stage in _SILENT_STAGES,
                     leave=in_bytes,
                 )

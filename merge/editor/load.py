@@ -163,7 +163,7 @@ def load_editor(
     if scheduler not in _SCHEDULERS:
         raise ValueError(f"scheduler {scheduler!r} is not one of {', '.join(_SCHEDULERS)}")
     folder = Path(folder)
-    where = _edit_device(device)
+    where = edit_device(device)
     if dtype == "auto":
         dtype = "float32" if where.type == "cpu" else "float16"
     if dtype not in _DTYPES:
@@ -267,7 +267,12 @@ def _check_channels(folder: Path, pipeline: Any) -> None:
         )
 
 
-def _edit_device(name: str) -> torch.device:
+def edit_device(name: str) -> torch.device:
+    """Return the device that a name stands for: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
     if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
         if not torch.backends.mps.is_available():
             raise DeviceError("there is no MPS device here", hint="use --device cpu")

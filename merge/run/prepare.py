@@ -149,6 +149,31 @@ def _without_weights(models: Models) -> Models:
     return replace(models, distilled=distilled)
 
 
+def sketch_run(recipe: Recipe) -> PreparedRun:
+    """Return what `prepare_run` would, from headers alone: nothing is downloaded or hashed.
+
+    Names and sizes stand in for digests, so that the same files are known as the same; no bytes
+    may be merged with them.
+
+    Args:
+        recipe: From `load_recipe`.
+
+    Raises:
+        MergeError: of the family that fits; see `merge.errors`.
+    """
+    sources = resolve_sources(recipe, download=False)
+    plan = build_plan(recipe, sources)
+    recipe = plan.complete(recipe)
+    digests = {
+        (model.role, file.name): f"{model.label}/{file.name} {file.size_bytes}"
+        for model in sources.models
+        for file in model.files
+    }
+    return PreparedRun(
+        recipe, sources, plan, plan_export(recipe, plan, sources.target), digests, ()
+    )
+
+
 def _resolve(recipe: Recipe, out: Path | None, lock: Lock | None, tell: Progress) -> Sources:
     if lock is not None:
         lock.check_version()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +229,7 @@ class Bench(Closable):
                 predict, _ = self._guided(
                     editor, [cell.samples[index] for index in indices], images
                 )
-                found = residual_of(editor, levels, predict, latents)
+                found = residual_of(editor, levels, predict, latents, indices)
             values |= dict(zip(indices, found, strict=True))
             tell(predict.rows * predict.calls * len(indices))
         return tuple(values[index] for index in range(len(cell.samples)))
@@ -267,18 +268,28 @@ class Bench(Closable):
     def _batches(self, cell: Cell, indices: Sequence[int]) -> Iterator[list[int]]:
         """Yield indices of samples that are edited together: of one size and one setting."""
         assert self._editor is not None
-        most = self._spec.batch_pixels
-        if most is None:
-            most = _CPU_PIXELS if self._editor.device.type == "cpu" else _GPU_PIXELS
+        device, limit = self._editor.device, self._spec.batch_pixels
         groups: dict[Any, list[int]] = {}
         for index in indices:
             size = self._picture(cell, index).size
             settings = dataclasses.replace(cell.settings[index], seed=0)
             groups.setdefault((size, settings), []).append(index)
         for (size, _), group in groups.items():
-            count = min(_MOST_PICTURES, max(1, most // (size[0] * size[1])))
+            count = pictures_together(device, limit, math.sqrt(size[0] * size[1]))
             for begin in range(0, len(group), count):
                 yield group[begin : begin + count]
+
+
+def pictures_together(device: torch.device, limit: int | None, side: float) -> int:
+    """Return how many pictures go through the model together.
+
+    Args:
+        device: Where it is.
+        limit: Pixels of all of them; None: by the device.
+        side: Of a picture in pixels; of one that is no square the mean.
+    """
+    most = limit or (_CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS)
+    return min(_MOST_PICTURES, max(1, int(most // (side * side))))
 
 
 def _target_recipe(prepared: PreparedRun) -> Any:

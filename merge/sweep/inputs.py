@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from merge.errors import ImageError, RecipeError, SourceNotFoundError
@@ -18,25 +19,37 @@ _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_SAMPLES = 4096
 
 
-def find_edits(
-    recipe: Recipe,
-    edits: str | Path | None = None,
-    images: str | Path | None = None,
-    instructions: str | Path | None = None,
-) -> tuple[Edit, ...]:
-    """Return what to edit: of a file, of a folder, of the recipe, or what comes with the tool.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is asked to be edited.
+
+    Attributes:
+        edits: A YAML or JSON list, as for `verify`, or edits; None: the recipe's.
+        images: A folder of pictures, instead; each is edited with the instructions in turn.
+        instructions: A text file with these, one on each line.
+        samples: How many edits there are: more than there are edits and seeds repeat them with
+            new noise. None: every edit with every seed.
+    """
+
+    edits: str | Path | tuple[Edit, ...] | None = None
+    images: str | Path | None = None
+    instructions: str | Path | None = None
+    samples: int | None = None
+
+
+def find_edits(recipe: Recipe, inputs: Inputs) -> tuple[Edit, ...]:
+    """Return what to edit: what is named, what the recipe has, or what comes with the tool.
 
     Args:
         recipe: Its `verify.edits` are taken where nothing else is named.
-        edits: A YAML or JSON list, as for `verify`.
-        images: A folder of pictures; each is edited with the instructions in turn.
-        instructions: Its instructions, a text file with one on each line.
+        inputs: What is named.
 
     Raises:
-        RecipeError: a list is not valid, or both ways are named.
+        RecipeError: a list is not valid or empty, or both ways are named.
         ImageError: a picture is not there, or there is none.
         SourceNotFoundError: there is no such folder or file.
     """
+    edits, images, instructions = inputs.edits, inputs.images, inputs.instructions
     if (images is None) != (instructions is None):
         raise RecipeError(
             "a folder of pictures and a list of instructions belong together",
@@ -45,15 +58,18 @@ def find_edits(
         )
     if edits is not None and images is not None:
         raise RecipeError("--edits and --images are both given", [], hint="choose one")
-    if edits is not None:
-        return tuple(read_edits(edits))
     if images is not None and instructions is not None:
         return _cross(Path(images), Path(instructions))
+    if isinstance(edits, tuple):
+        if not edits:
+            raise RecipeError("there is nothing to edit", [], hint="name at least one edit")
+        return edits
+    if edits is not None:
+        return tuple(read_edits(edits))
     if recipe.verify.edits:
         found = tuple(_of_recipe(recipe))
-        missing = [
-            p for edit in found for p in (edit.image, *edit.expected) if p and not p.is_file()
-        ]
+        paths = [path for edit in found for path in (edit.image, *edit.expected) if path]
+        missing = [path for path in paths if not path.is_file()]
         if missing:
             raise ImageError(
                 f"verify.edits: there is no picture {', '.join(map(str, missing))}",

@@ -28,7 +28,7 @@ from merge.verify.metrics import has_ssim, measure_pair, rms, to_values
 Values = dict[str, tuple[float | None, ...]]
 
 # Of 1000 trained timesteps, and the seed of the noise that is added there.
-_RESIDUAL_SHARE = 0.1
+_RESIDUAL_SHARE = 0.2
 _RESIDUAL_SEED = 0x5EED0FF5
 
 
@@ -54,6 +54,12 @@ METRICS: Mapping[str, Metric] = {
         "Right edits",
         "share of the edits with a known answer that are near to one",
         "higher",
+    ),
+    "score": Metric(
+        "Path and residual",
+        "geometric mean of the two, which decides where nothing is known",
+        "lower",
+        needs_reference=True,
     ),
     "path": Metric(
         "Distance to the target's own path",
@@ -149,7 +155,11 @@ def mean_square(values: Any, reference: Any) -> float:
 
 
 def residual_of(
-    editor: Editor, levels: NoiseLevels, predict: GuidedModel, latents: torch.Tensor
+    editor: Editor,
+    levels: NoiseLevels,
+    predict: GuidedModel,
+    latents: torch.Tensor,
+    indices: Sequence[int],
 ) -> list[float]:
     """Return how much the target changes latents at little noise, a mean square for each.
 
@@ -158,11 +168,16 @@ def residual_of(
         levels: Of its scheduler.
         predict: The target with its own guidance.
         latents: What edits ended in, `(n, 4, h, w)` float32 on the CPU.
+        indices: Of the samples: each has noise of its own, the same in every cell.
     """
     timestep = round(editor.trained_steps * _RESIDUAL_SHARE)
-    generator = torch.Generator("cpu").manual_seed(_RESIDUAL_SEED)
-    # The same for every sample and every cell.
-    noise = torch.randn(latents.shape[1:], generator=generator)
+    drawn = (
+        torch.randn(
+            latents.shape[1:], generator=torch.Generator("cpu").manual_seed(_RESIDUAL_SEED + index)
+        )
+        for index in indices
+    )
+    noise = torch.stack(list(drawn))
     noisy = editor.move(levels.mix(latents, noise, timestep))
     step = torch.tensor(timestep, device=editor.device)
     clean, _ = levels.split(predict(noisy, step), noisy, timestep)

@@ -149,3 +149,13 @@ class SweepResult:
     def is_complete(self) -> bool:
         """Return True when every cell was measured."""
         return len(self.measured) == len(self.cells)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Return what was found, for people."""
+        lines = [f"{len(self.measured)} of {len(self.cells)} cells measured"]
+        if self.best is not None:
+            value = self.measured[self.best.index].mean(self.best.metric)
+            shown = "" if value is None else f" ({self.best.metric} {value:.4g})"
+            lines.append(f"best: {' '.join(self.cells[self.best.index].words)}{shown}")
+        return (*lines, *self.notes)

@@ -143,6 +143,6 @@ def _facts(tree: Tree, cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
         ("Cells", str(len(cells)), "" if len(cells) == total else f"of {total}"),
         ("Samples", str(len(tree["samples"])), "per cell"),
         ("UNet rows", span, "per edit"),
-        ("Time", duration(spent), f"on {tree['threads']} threads"),
+        ("Time", duration(spent), "of all workers"),
         ("Device", device[0], " ".join(device[1:])),
     ]

@@ -15,7 +15,7 @@ from merge.recipe.load import override_recipe
 from merge.recipe.schema import Recipe
 from merge.records.lock.model import Lock
 from merge.run.model import Progress
-from merge.run.prepare import PreparedRun, prepare_run
+from merge.run.prepare import PreparedRun, prepare_run, sketch_run
 from merge.sweep.axes import Axis, AxisValue, combinations
 from merge.sweep.inputs import make_samples
 from merge.sweep.model import Cell, Sample
@@ -36,6 +36,7 @@ class CellPlanner:
         count: int | None = None,
         lock: Lock | None = None,
         on_progress: Progress | None = None,
+        is_dry: bool = False,
     ) -> None:
         """Prepare nothing yet.
 
@@ -46,6 +47,7 @@ class CellPlanner:
             count: Samples; None: every edit with every seed of the recipe.
             lock: Use exactly the files that it names.
             on_progress: As for `prepare_run`.
+            is_dry: Look at headers alone; nothing can be measured then.
         """
         # A weight of 0 belongs into a curve, and decides no bytes.
         self.recipe = dataclasses.replace(recipe, allow_noop=True)
@@ -54,6 +56,7 @@ class CellPlanner:
         self._count = count
         self._lock = lock
         self._tell = on_progress
+        self._is_dry = is_dry
         self._prepared: dict[bytes, PreparedRun] = {}
         self._digests: dict[tuple[int, bytes], str] = {}
 
@@ -106,8 +109,8 @@ class CellPlanner:
         try:
             recipe = override_recipe(self.recipe, overrides)
         except ProblemsError as error:
-            problems = [f"{' '.join(words)}: {problem}" for problem in error.problems]
-            raise RecipeError("", problems or [error.message], hint=error.hint) from error
+            # They name key and value, and many cells share them.
+            raise RecipeError("", error.problems or [error.message], hint=error.hint) from error
         keys = tuple(axis.key for axis in axes)
         samples = make_samples(
             self.edits, recipe.verify.seeds, self._count, is_seed_fixed="seed" in keys
@@ -153,13 +156,16 @@ class CellPlanner:
             if key == _models_key(self.recipe):
                 # What is said of it is said of no outermost value of the grid.
                 recipe = self.recipe
-            known: dict[Path, str] = {}
-            for prepared in self._prepared.values():
-                known |= _hashed_files(prepared)
-            found = prepare_run(recipe, lock=self._lock, on_progress=self._tell, known=known)
+            found = sketch_run(recipe) if self._is_dry else self._prepare(recipe)
             _check_editing(found)
             self._prepared[key] = found
         return list(self._prepared).index(key)
+
+    def _prepare(self, recipe: Recipe) -> PreparedRun:
+        known: dict[Path, str] = {}
+        for prepared in self._prepared.values():
+            known |= _hashed_files(prepared)
+        return prepare_run(recipe, lock=self._lock, on_progress=self._tell, known=known)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def test_a_page_says_what_there_is_to_say(tree: dict[str, Any], folder: Path) ->
         "Sweep over weight, timesteps",
         "Best of 10 cells: weight 0.75, timesteps 999/659/319/59",
         "instruct-merge run demo weight=0.75 timesteps=999/659/319/59",
-        "Cells 10 Samples 3 per cell UNet rows 4 per edit Time 17.0 s on 2 threads Device cpu",
+        "Cells 10 Samples 3 per cell UNet rows 4 per edit Time 17.0 s of all workers Device cpu",
         "house.png · seed 0",
         "2. make it sunset",
         "timesteps ↓ weight →",

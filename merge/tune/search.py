@@ -1,0 +1,224 @@
+"""Which settings are measured, one stage after the other, and which is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from merge.sweep.model import Cell, Measured
+from merge.sweep.statistics import Ranking, Values, difference, part
+from merge.tune.fit import folds, pick, rounded
+from merge.tune.model import Curve, HeldOut, Neighbour
+from merge.tune.settings import GROUPS, GUIDANCE, Setting, timesteps_for
+
+_GROUP_STEP = 0.25
+
+
+@dataclass
+class Search:
+    """Measures settings and compares them on the samples that decide.
+
+    Attributes:
+        measure: Measures settings that are new; returns their cells in order.
+        results: Index of a cell to what was found.
+        ranking: What decides.
+        deciding: Indices of the samples that settings are chosen on.
+        weights: To try.
+        budget: The most cells.
+        cells: Setting to its cell, as measured so far.
+    """
+
+    measure: Callable[[Sequence[Setting]], Sequence[Cell]]
+    results: Mapping[int, Measured]
+    ranking: Ranking
+    deciding: Sequence[int]
+    weights: Sequence[float]
+    budget: int
+    cells: dict[Setting, Cell] = field(default_factory=dict)
+    is_cut: bool = False
+
+    def run(self, before: Setting, over: Sequence[str], steps: int) -> Setting | None:
+        """Return the best setting; None where no cell gave numbers.
+
+        Args:
+            before: What the recipe has.
+            over: What may change.
+            steps: Of the edits.
+        """
+        weights = self.weights if "weight" in over else [before.weight]
+        self._try([before, *(replace(before, weight=weight) for weight in weights)])
+        best = self._best(self.known)
+        if best is not None and "timesteps" in over:
+            best = self._place(best, steps, "weight" in over)
+        if best is not None and "guidance_scale" in over:
+            best = self._guide(best, "weight" in over)
+        if best is not None and "weight" in over:
+            best = self._refine(best)
+        return best
+
+    def run_groups(self, best: Setting) -> Setting | None:
+        """Return the best setting with weights of its own for some groups; None: none is better.
+
+        One group after the other, once: more freedom fits the measure and not the edits.
+        """
+        found = best
+        for pattern in GROUPS.values():
+            tries = [
+                replace(found, groups=(*found.groups, (pattern, round(found.weight + step, 2))))
+                for step in (-_GROUP_STEP, _GROUP_STEP)
+            ]
+            self._try(tries)
+            found = self._best([found, *tries]) or found
+        return None if found == best else found
+
+    @property
+    def known(self) -> list[Setting]:
+        """Return the settings that gave numbers."""
+        return [
+            setting
+            for setting, cell in self.cells.items()
+            if self.ranking.can_rank(self.results[cell.index].values)
+            and not self.results[cell.index].problem
+        ]
+
+    def values(self, setting: Setting) -> Values:
+        """Return what was measured of a setting on all samples."""
+        return self.results[self.cells[setting].index].values
+
+    def deciding_values(self, setting: Setting) -> Values:
+        """Return what was measured of a setting on the samples that decide."""
+        return part(self.values(setting), self.deciding)
+
+    def score(self, setting: Setting) -> float:
+        """Return the score of a setting on the samples that decide."""
+        return self.ranking.score(self.deciding_values(setting))
+
+    def along(self, setting: Setting) -> dict[float, Setting]:
+        """Return the measured settings that differ by the weight alone, ascending."""
+        found = [s for s in self.known if replace(s, weight=setting.weight) == setting]
+        return {s.weight: s for s in sorted(found, key=lambda s: s.weight)}
+
+    # Stages ----------------------------------------------------------------------------------
+
+    def _place(self, best: Setting, steps: int, has_weight: bool) -> Setting:
+        """Try timesteps, each with the best weight and its neighbours."""
+        tries = [
+            replace(setting, timesteps=timesteps)
+            for timesteps in timesteps_for(steps)
+            for setting in self._around(best, has_weight)
+        ]
+        self._try(tries)
+        return self._best([best, *tries]) or best
+
+    def _guide(self, best: Setting, has_weight: bool) -> Setting:
+        """Try guidance, which doubles the UNet rows: only where it is better beyond doubt."""
+        tries = [
+            replace(setting, guidance_scale=guidance)
+            for guidance in GUIDANCE
+            for setting in self._around(best, has_weight)
+        ]
+        self._try(tries)
+        ordered = sorted({s.rows for s in [best, *tries]})
+        found: Setting | None = None
+        for rows in ordered:
+            rival = self._best([s for s in [best, *tries] if s.rows == rows])
+            if rival is None:
+                continue
+            if found is None or self._is_better(rival, found):
+                found = rival
+        return found or best
+
+    def _refine(self, best: Setting) -> Setting:
+        """Fill in the curve at the final settings, and measure its lowest point."""
+        self._try([replace(best, weight=weight) for weight in self.weights])
+        curve = {w: self.deciding_values(s) for w, s in self.along(best).items()}
+        if len(curve) < 3:
+            return best
+        vertex = replace(best, weight=rounded(pick(self.ranking, curve)))
+        self._try([vertex])
+        return self._best(list(self.along(best).values())) or best
+
+    def _around(self, best: Setting, has_weight: bool) -> list[Setting]:
+        """Return a setting with the next smaller and the next larger weight that are tried."""
+        if not has_weight:
+            return [best]
+        smaller = [weight for weight in self.weights if weight < best.weight][-1:]
+        larger = [weight for weight in self.weights if weight > best.weight][:1]
+        return [replace(best, weight=weight) for weight in (*smaller, best.weight, *larger)]
+
+    # Comparing -------------------------------------------------------------------------------
+
+    def _try(self, settings: Sequence[Setting]) -> None:
+        new = [s for s in dict.fromkeys(settings) if s not in self.cells]
+        room = self.budget - len(self.cells)
+        if len(new) > room:
+            self.is_cut = True
+            new = new[: max(0, room)]
+        if new:
+            self.cells |= dict(zip(new, self.measure(new), strict=True))
+
+    def _best(self, settings: Sequence[Setting]) -> Setting | None:
+        known = set(self.known)
+        found = [setting for setting in dict.fromkeys(settings) if setting in known]
+        # Of two that are equal the one that asks for less.
+        return min(found, key=lambda s: (self.score(s), s.rows, s.weight), default=None)
+
+    def _is_better(self, one: Setting, other: Setting) -> bool:
+        gap = difference(self.ranking, self.deciding_values(one), self.deciding_values(other))
+        return gap.high < 0
+
+    # What is told ----------------------------------------------------------------------------
+
+    def doubt(self, best: Setting, over: Sequence[str]) -> str:
+        """Return why a setting is no choice; empty where it is one."""
+        curve = self.along(best)
+        if "weight" in over:
+            if len(curve) < 3:
+                return "fewer than three weights gave numbers"
+            scores = {weight: self.score(setting) for weight, setting in curve.items()}
+            worst = curve[max(scores, key=lambda weight: scores[weight])]
+        else:
+            worst = max(self.known, key=self.score)
+        if worst == best or not self._is_better(best, worst):
+            return "the curve is flat: these samples do not tell even the outermost settings apart"
+        if best.weight == 0:
+            return "no weight is better than 0, which is the target itself"
+        picks = self.picks(best)
+        if "weight" in over and max(picks) - min(picks) > (max(curve) - min(curve)) / 2:
+            shown = ", ".join(f"{weight:.2f}" for weight in picks)
+            return f"quarters of the samples choose weights as far apart as {shown}"
+        return ""
+
+    def picks(self, best: Setting) -> tuple[float, ...]:
+        """Return the weight that each quarter of the deciding samples would choose."""
+        curve = {weight: self.values(setting) for weight, setting in self.along(best).items()}
+        return tuple(pick(self.ranking, curve, fold) for fold in folds(self.deciding))
+
+    def held_out(self, best: Setting, indices: Sequence[int], what: str) -> HeldOut | None:
+        """Compare a setting with its neighbours on samples that it was not chosen on."""
+        if not indices:
+            return None
+        mine = part(self.values(best), indices)
+        along = self.along(best)
+        smaller = [weight for weight in along if weight < best.weight][-1:]
+        larger = [weight for weight in along if weight > best.weight][:1]
+        neighbours = tuple(
+            Neighbour(w, difference(self.ranking, part(self.values(along[w]), indices), mine))
+            for w in (*smaller, *larger)
+        )
+        value = math.exp(self.ranking.score(mine))
+        return HeldOut(len(indices), what, value, neighbours)
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Return every curve of at least three weights."""
+        found: list[Curve] = []
+        for setting in self.known:
+            along = self.along(setting)
+            weights = {weight: self.cells[s].index for weight, s in along.items()}
+            if len(along) < 3 or setting.groups or any(c.cells == weights for c in found):
+                continue
+            curve = {weight: self.deciding_values(s) for weight, s in along.items()}
+            best = rounded(pick(self.ranking, curve))
+            found.append(Curve(setting.guidance_scale, setting.timesteps, weights, best))
+        return tuple(found)
