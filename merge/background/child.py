@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1].name
 # The first word after the code is the path; what remains is as the caller gave it.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
 
@@ -34,10 +35,12 @@ def child_command(code: str, words: Sequence[str] = ()) -> list[str]:
 def import_folders() -> list[str]:
     """Return where this process imports from, without the current folder.
 
-    A checkout that is the current folder stays, at the end: there it hides nothing.
+    A checkout that is the current folder stays, at the end: there it hides nothing. Only another
+    copy of this package comes after it.
     """
     here = os.path.realpath(os.curdir)
     found = [path for path in sys.path if path and os.path.realpath(path) != here]
     if not any(os.path.realpath(path) == str(_PACKAGE_ROOT) for path in found):
-        found.append(str(_PACKAGE_ROOT))
+        copies = (i for i, path in enumerate(found) if Path(path, _PACKAGE, "__init__.py").exists())
+        found.insert(next(copies, len(found)), str(_PACKAGE_ROOT))
     return found
