@@ -12,8 +12,9 @@
     ├─ PlanError                   6   the models do not fit together
     ├─ EngineError                 7   the merge itself failed
     │  ├─ NonFiniteError               NaN or Inf, or a value too large for out_dtype
-    │  └─ DeviceError                  no such device, or it failed
-    │     └─ DeviceMemoryError         it is out of memory
+    │  ├─ DeviceError                  no such device, or it failed
+    │  │  └─ DeviceMemoryError         it is out of memory
+    │  └─ ExecutorError                the workers of a sweep are gone, or there are none
     ├─ OutputError                 8   the output cannot be written
     │  ├─ OutputExistsError
     │  ├─ NoSpaceError
@@ -146,6 +147,12 @@ class DeviceError(EngineError):
 
 class DeviceMemoryError(DeviceError):
     """The device, or the machine, has too little memory."""
+
+
+class ExecutorError(EngineError):
+    """The workers of a sweep are gone, or there are none."""
+
+    default_hint = "`--executor local` needs no cluster, and `--resume` keeps what is done"
 
 
 class OutputError(MergeError):
