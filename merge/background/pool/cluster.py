@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import signal
 import site
 import socket
@@ -34,8 +35,12 @@ from merge.errors import ExecutorError
 # How long until a cluster has to be joined, or started on a machine that may be busy.
 _JOIN_S = 30.0
 _START_S = 120.0
-# How long the driver may take to end its workers and its cluster.
+# How long the driver may take to end its workers and its cluster, and before it has any.
 _END_S = 15.0
+_EARLY_END_S = 1.0
+# What a driver that died leaves to be read with --debug.
+_LAST_LINES = 20
+_CHUNK = 1 << 20
 _CODE = "import sys; from merge.background.pool.driver import main; sys.exit(main())"
 
 
@@ -82,6 +87,7 @@ class RayPool(Pool):
         self._said: IO[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._made_of: tuple[Any, Any] | None = None
+        self._is_joined = False
         self._is_idle = False
 
     def __enter__(self) -> Self:
@@ -99,7 +105,7 @@ class RayPool(Pool):
         except BaseException:
             self.close()
             raise
-        self._is_idle = True
+        self._is_joined = self._is_idle = True
         return self
 
     def run_jobs(
@@ -150,12 +156,14 @@ class RayPool(Pool):
         driver, self._driver = self._driver, None
         try:
             if home is not None and driver is not None:
-                _wait_for_end(home)
+                _wait_for_end(home, _END_S if self._is_joined else _EARLY_END_S)
         finally:
             if driver is not None:
-                # The session is the driver's, and with it the cluster that it started.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(driver.pid, signal.SIGKILL)
+                # The cluster that the driver started is of its session, too. Once it was waited
+                # for, its number may be another's; Ray's own reaper saw its end.
+                if driver.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(driver.pid, signal.SIGKILL)
                 driver.wait()
             for thing in (home, self._said):
                 if thing is not None:
@@ -211,22 +219,30 @@ class RayPool(Pool):
             if not self._home.poll(left):
                 raise ExecutorError(f"the Ray cluster cannot be used: {late}")
             message: tuple[Any, ...] = self._home.recv()
-        except (EOFError, OSError) as error:
-            raise ExecutorError(f"the driver of the Ray cluster died: {self._last_words()}") from (
-                error
-            )
+        except (EOFError, OSError):
+            raise self._death() from None
         if message[0] == "failed":
             raise exception_of(message[1], message[2])
         if message[0] == "lost":
             raise ExecutorError(message[1])
         return message
 
-    def _last_words(self) -> str:
-        if self._said is None:
-            return "it said nothing"
+    def _death(self) -> ExecutorError:
+        """Return what to raise for a driver that ended without a word."""
+        assert self._driver is not None
+        assert self._said is not None
         self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        lines = self._said.read().decode(errors="replace").strip().split("\n")[-_LAST_LINES:]
+        # Python's last line tells; those of Ray's own log do not.
+        reason = f": {lines[-1]}" if re.match(r"[\w.]+(Error|Exit|Exception)\b", lines[-1]) else ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._driver.wait(_EARLY_END_S)
+        status = self._driver.returncode
+        error = ExecutorError(
+            f"the process that talks to the Ray cluster ended (status {status}){reason}"
+        )
+        error.add_note("\n".join(["It said last:", *lines]))
+        return error
 
 
 def _check_ray() -> None:
@@ -238,11 +254,12 @@ def _check_ray() -> None:
         )
 
 
-def _wait_for_end(home: Connection) -> None:
-    until = time.monotonic() + _END_S
-    with contextlib.suppress(EOFError, OSError):
-        while home.poll(max(0.0, until - time.monotonic())):
-            home.recv_bytes()
+def _wait_for_end(home: Connection, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        # Bytes and not messages: an interruption may have left half of one.
+        while home.poll(max(0.0, until - time.monotonic())) and os.read(home.fileno(), _CHUNK):
+            pass
 
 
 def _added_folders() -> list[str]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from merge.background.pool.staff import FailedError, LostError, Staff, Ticket, shorten
@@ -23,7 +25,7 @@ _LOOK_S = 1.0
 # How long a connection may take: to a machine that is off, nothing answers at all.
 _CONNECT_S = 5.0
 # What joining waits for, in Ray's own code, before it finds no node of the cluster here.
-_REQUEST_S = "15"
+_REQUEST, _REQUEST_S = "RAY_gcs_server_request_timeout_seconds", "15"
 
 
 class Driver:
@@ -59,6 +61,9 @@ class Driver:
             with contextlib.suppress(Exception):
                 self._staff.dismiss()
                 ray.shutdown()
+        # Of no use but to stand in; home removes it only if it ends in peace.
+        with contextlib.suppress(OSError):
+            Path.cwd().rmdir()
         self._home.close()
 
     def tell(self, kind: str, *words: Any) -> None:
@@ -107,11 +112,13 @@ def connect(asked: str | None) -> None:
             f"{named} is no address of a cluster's head; it is `host:port`, and this machine has to"
             " be a node of the cluster: `ray start --address=host:port` makes it one"
         )
-    if named and named != "local":
-        os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", _REQUEST_S)
+    # Read when Ray is imported.
+    is_ours = _REQUEST not in os.environ
+    os.environ.setdefault(_REQUEST, _REQUEST_S)
     import ray
     from ray._private.services import canonicalize_bootstrap_address
 
+    address = None
     try:
         # What init itself would take; it waits for minutes for a head that is not there.
         address = canonicalize_bootstrap_address(asked)
@@ -120,15 +127,25 @@ def connect(asked: str | None) -> None:
                 raise LostError(f"no Ray cluster answers at {named}")
             # A note that a cluster left behind which was killed.
             address = None
+        if address is None:
+            if is_ours:
+                # A cluster of our own may be slow, on a machine that is busy.
+                del os.environ[_REQUEST]
+            # Ray's own way is to write one into the home folder, for every cluster to come.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
-            address=address or "local",
+            # Not the found address: Ray gives the token in the home folder to what it finds only.
+            address="local" if address is None else asked,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        what = f"join the Ray cluster at {named}" if named else "start Ray on this machine"
-        raise LostError(f"cannot {what}: {shorten(error)}") from error
+        what = "start Ray on this machine"
+        if address is not None:
+            what = f"join the Ray cluster at {address}, of which this machine has to be a node"
+        said = "; ".join(shorten(e) for e in (error, error.__cause__) if e is not None)
+        raise LostError(f"cannot {what}: {said}") from error
 
 
 def is_listening(address: str) -> bool:

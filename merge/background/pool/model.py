@@ -54,31 +54,8 @@ def ignore_progress(count: int) -> None:
     """Do nothing with a number of steps."""
 
 
-class Shared(Protocol):
-    """A value that many jobs name, and that no worker is sent twice."""
-
-    def get(self) -> Any:
-        """Return the value."""
-        ...
-
-
-class Kept(Shared):
-    """A value in this process."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def get(self) -> Any:
-        """Return the value."""
-        return self._value
-
-
 class Pool(Closable):
     """Runs jobs on resident workers, in a `with` block."""
-
-    def share(self, value: Any) -> Shared:
-        """Return what a job may hold in place of a large value."""
-        return Kept(value)
 
     @abstractmethod
     def run_jobs(

@@ -16,10 +16,12 @@ from merge.errors import list_first
 MOST_TRIES = 3
 _POLL_S = 0.2
 _STEPS_S = 0.5
+# How often more workers are looked for, where a cluster grows.
+_HIRE_S = 10.0
 # For a result to arrive that is there, and for workers to close.
 _FETCH_S = 60.0
 _CLOSE_S = 5.0
-_SHOWN = 400
+_SHOWN = 200
 
 
 class FailedError(Exception):
@@ -36,9 +38,9 @@ class LostError(Exception):
 
 
 def shorten(error: BaseException) -> str:
-    """Return an error's text as one line."""
+    """Return an error's text as one line; of a long one, where it begins and ends."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
 
 
 @dataclass(eq=False)
@@ -100,6 +102,7 @@ class Staff:
         self._waiting: Schedule[Ticket] = Schedule(())
         self._failed_starts = 0
         self._last_sign = 0.0
+        self._hired = 0.0
         self._asked_for_steps = 0.0
         self._number = 0
 
@@ -130,6 +133,8 @@ class Staff:
                 else:
                     self._take_steps(asked[ref])
             self._check_patience()
+            if time.monotonic() - self._hired > _HIRE_S:
+                self._hire()
 
     def close_workers(self) -> None:
         """Ask the workers that have nothing to do to close."""
@@ -153,8 +158,9 @@ class Staff:
     def _hire(self) -> None:
         import ray
 
+        self._hired = time.monotonic()
         room, needs = _room(self._options["gpus"], self._options["threads"])
-        if not room:
+        if not room and not self._members:
             what = "GPU" if needs.get("num_gpus") else "CPU"
             raise LostError(f"no node of the Ray cluster has a {what} for a worker")
         wanted = min(room, len(self._waiting) + len(self._busy()))
