@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from merge.background.pool.model import Shared
+from merge.background.pool.shared import Shared
 from merge.run.prepare import PreparedRun
 from merge.sweep.model import Cell
 

@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from merge.background.pool.model import Pool, Shared
+from merge.background.pool.model import Pool
+from merge.background.pool.shared import Shared
 from merge.editor.guidance import choose_rows
 from merge.errors import VerificationError
 from merge.json_files import canonical_bytes

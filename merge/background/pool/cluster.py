@@ -30,6 +30,7 @@ from typing import IO, Any, Self
 from merge.background.child import child_command, import_folders
 from merge.background.pool.failures import exception_of
 from merge.background.pool.model import AnyJob, Make, Pool, check_keys, ignore_progress
+from merge.background.pool.shared import Numbered, Shared
 from merge.errors import ExecutorError
 
 # How long until a cluster has to be joined, or started on a machine that may be busy.
@@ -89,6 +90,7 @@ class RayPool(Pool):
         self._made_of: tuple[Any, Any] | None = None
         self._is_joined = False
         self._is_idle = False
+        self._shares = 0
 
     def __enter__(self) -> Self:
         """Join the cluster or start it.
@@ -141,6 +143,18 @@ class RayPool(Pool):
             self.close()
             raise
         self._is_idle = True
+
+    def share(self, value: Any) -> Shared:
+        """Put a value into the cluster, from where each worker fetches it once."""
+        if self._home is None:
+            raise RuntimeError("the pool is closed")
+        self._shares += 1
+        try:
+            self._home.send(("share", self._shares, pickle.dumps(value)))
+        except OSError:
+            # It is gone; what it said last can still be read.
+            self._receive()
+        return Numbered(self._shares)
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started here."""

@@ -1,7 +1,8 @@
 """The process that talks to Ray: joins or starts a cluster, hires workers, hands out jobs.
 
-It reads from its home what to run, and writes there what became of it: `ready`, `steps`, `result`,
-or, at last, `failed` (a job's or a worker's exception) or `lost` (Ray's). It ends when home does.
+It reads from its home what to share and to run, and writes there what became of it: `ready`,
+`steps`, `result`, or, at last, `failed` (a job's or a worker's exception) or `lost` (Ray's). It ends
+when home does.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class Driver:
             if message[0] == "end":
                 self._staff.close_workers()
                 break
+            if message[0] == "share":
+                self._staff.share(*message[1:])
+                continue
             _, recipe, tickets = message
             if recipe is not None:
                 self._staff.renew(recipe)

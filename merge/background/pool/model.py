@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from merge.background.closable import Closable
+from merge.background.pool.shared import Kept, Shared
 
 
 class Job(Protocol):
@@ -56,6 +57,10 @@ def ignore_progress(count: int) -> None:
 
 class Pool(Closable):
     """Runs jobs on resident workers, in a `with` block."""
+
+    def share(self, value: Any) -> Shared:
+        """Return what jobs may hold in place of a large value, for as long as the pool lives."""
+        return Kept(value)
 
     @abstractmethod
     def run_jobs(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 from dataclasses import dataclass
 from typing import Any
 
 from merge.background.pool.failures import Failure, failure_of
+from merge.background.pool.shared import register
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,19 @@ class Resident:
             return Answer(failure=failure_of(error))
         return Answer()
 
-    def run(self, number: int, job: bytes) -> Answer:
-        """Do a pickled job, which `steps` calls by a number."""
+    def run(self, number: int, job: bytes, shares: dict[int, Any]) -> Answer:
+        """Do a pickled job, which `steps` calls by a number.
+
+        Args:
+            number: Of the job.
+            job: The pickled job.
+            shares: Number of each shared value to where Ray has it.
+        """
+        import ray
+
         self._at = (number, 0)
+        for name, place in shares.items():
+            register(name, functools.partial(ray.get, place))
         try:
             value = pickle.dumps(self._worker.run(pickle.loads(job), self._count))
         except Exception as error:

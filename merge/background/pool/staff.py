@@ -105,6 +105,13 @@ class Staff:
         self._hired = 0.0
         self._asked_for_steps = 0.0
         self._number = 0
+        self._shared: dict[int, Any] = {}
+
+    def share(self, number: int, value: bytes) -> None:
+        """Keep a value for the workers, under a number."""
+        import ray
+
+        self._shared[number] = ray.put(value)
 
     def renew(self, recipe: bytes) -> None:
         """Let all workers go: the next ones are made of something else."""
@@ -190,7 +197,7 @@ class Staff:
                 return
             self._number += 1
             member.ticket, member.group, member.number = ticket, ticket.group, self._number
-            member.ref = member.actor.run.remote(self._number, ticket.job)
+            member.ref = member.actor.run.remote(self._number, ticket.job, self._shared)
 
     def _take_answer(self, member: _Member) -> None:
         import ray
