@@ -37,12 +37,18 @@ if TYPE_CHECKING:
     from merge.run.repetition import reproduce
     from merge.run.stages import run_recipe
     from merge.sources.resolve import resolve_sources
+    from merge.sweep.inputs import Inputs
+    from merge.sweep.sweep import sweep
+    from merge.sweep.workplace import ExecutorOptions
+    from merge.tune.tune import tune
     from merge.verify.files import verify_files
     from merge.verify.folder import verify_folder
 
 _HOMES = {
     "EditRequest": "merge.editor.result",
     "EditSettings": "merge.editor.settings",
+    "ExecutorOptions": "merge.sweep.workplace",
+    "Inputs": "merge.sweep.inputs",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan.build",
     "convert": "merge.conversion.directions",
@@ -59,6 +65,8 @@ _HOMES = {
     "reproduce": "merge.run.repetition",
     "resolve_sources": "merge.sources.resolve",
     "run_recipe": "merge.run.stages",
+    "sweep": "merge.sweep.sweep",
+    "tune": "merge.tune.tune",
     "verify_files": "merge.verify.files",
     "verify_folder": "merge.verify.folder",
 }
@@ -66,6 +74,8 @@ _HOMES = {
 __all__ = [
     "EditRequest",
     "EditSettings",
+    "ExecutorOptions",
+    "Inputs",
     "MergeError",
     "__version__",
     "build_plan",
@@ -83,6 +93,8 @@ __all__ = [
     "reproduce",
     "resolve_sources",
     "run_recipe",
+    "sweep",
+    "tune",
     "verify_files",
     "verify_folder",
 ]

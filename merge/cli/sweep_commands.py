@@ -32,7 +32,7 @@ from merge.cli.searches import inputs_options, workplace_options
 @click.option(
     "--metrics",
     metavar="LIST",
-    help="Of path,endpoint,residual,l1,psnr,ssim; default: path,endpoint,residual.",
+    help="Of path,endpoint,residual,l1,psnr,ssim; default: path,residual.",
 )
 @edit_device_option
 @click.option("--threads", type=click.IntRange(1, 64), help="Workers of a merge.")

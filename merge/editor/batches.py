@@ -244,7 +244,7 @@ class _Session:
             [job.seed for job in jobs], image_latents.shape[1:], schedule
         )
         first, *following = editor.move(drawn)
-        latents, answer = denoise(
+        latents = denoise(
             editor,
             schedule,
             make_conditions(editor, self.rows, texts, self.empty, image_latents),
@@ -259,7 +259,6 @@ class _Session:
             (end - begin) / len(jobs) for begin, end in itertools.pairwise(times)
         )
         final = latents.cpu().numpy()
-        first = answer.cpu().numpy() if answer is not None else None
         results = []
         for index, job in enumerate(jobs):
             stages = StageTimes(text_s, encode_s + job.prepare_s, denoise_s, decode_s)
@@ -270,7 +269,6 @@ class _Session:
                     unet_rows=len(schedule.timesteps) * self.rows,
                     seconds=stages.total_s,
                     latents=final[index],
-                    first=first[index] if first is not None else None,
                     stages=stages,
                     settings=dataclasses.replace(settings, seed=job.seed),
                 )

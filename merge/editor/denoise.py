@@ -122,10 +122,8 @@ def denoise(
     noise: Noise,
     guidance: tuple[float, float],
     on_step: OnStep | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the steps; return the latents and the first step's answer, `(n, 4, h, w)` float32.
-
-    Only a consistency model's step has an answer, the picture that it would end in.
+) -> torch.Tensor:
+    """Run the steps and return the latents, `(n, 4, h, w)` float32.
 
     The latents stay in float32 between the steps; only what enters the UNet is in its dtype.
 
@@ -140,15 +138,13 @@ def denoise(
     predict = GuidedModel(editor, conditions, guidance)
     latents = noise.first * schedule.init_noise_sigma
     timesteps = editor.move(schedule.timesteps)
-    steps, first = len(timesteps), None
+    steps = len(timesteps)
     for index in range(steps):
         guided = predict(schedule.scale(latents, index), timesteps[index])
-        if index == 0:
-            first = schedule.answer(index, guided, latents)
         latents = schedule.step(index, guided, latents, noise)
         if on_step is not None:
             on_step(index + 1, steps)
-    return latents, first
+    return latents
 
 
 def _input_buffer(conditions: Conditions, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,8 +64,6 @@ class EditResult:
         seconds: Wall time of the edit without loading; of a batch, this picture's share.
         latents: What was decoded, float32 of shape `(4, height / f, width / f)`, f the factor of
             the VAE.
-        first: The picture, as latents, that the first step of a consistency model ends in; None
-            for other schedulers.
         stages: Where the time went.
         settings: With the seed and the resolution that were used.
     """
@@ -77,7 +75,6 @@ class EditResult:
     latents: Floats
     stages: StageTimes
     settings: EditSettings
-    first: Floats | None = None
 
     @property
     def non_finite_count(self) -> int:

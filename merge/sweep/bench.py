@@ -6,7 +6,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from merge.editor.precision import float32_precision
 from merge.editor.result import EditRequest, EditResult, in_8_bits
 from merge.editor.schedule import Noise, draw_noise, make_schedule
 from merge.editor.settings import EditSettings, check_settings
-from merge.editor.text import empty_text, encode_texts
+from merge.editor.text import TextEmbedding, empty_text, encode_texts
 from merge.editor.vae import decode_latents, encode_pictures
 from merge.editor.weights import put_tensors, view_tensors
 from merge.errors import NonFiniteError
@@ -44,8 +44,8 @@ from merge.sweep.jobs import (
     ResidualJob,
     SampleReference,
 )
-from merge.sweep.measures import measure_samples, residual_of
-from merge.sweep.model import Cell, Sample
+from merge.sweep.measures import endpoint_of, measure_samples, residual_of
+from merge.sweep.model import Cell
 from merge.sweep.path import NoiseLevels, follow_path
 from merge.verify.drawings import draw_picture
 from merge.verify.memory import free_memory
@@ -72,7 +72,11 @@ class Bench(Closable):
         self._models, self._digest = -1, ""
         self._sha256 = ""
         self._scheduler: dict[str, Any] = {}
+        # What every cell sees of its samples.
         self._pictures: dict[tuple[str, int], Image.Image] = {}
+        self._latents: dict[int, torch.Tensor] = {}
+        self._texts: dict[str, TextEmbedding] = {}
+        self._empty: TextEmbedding | None = None
 
     def run(self, job: Job, on_progress: Tell) -> Any:
         """Do a job.
@@ -129,11 +133,15 @@ class Bench(Closable):
             component.name: view_tensors(data[component.file_name], component.out_header)
             for component in prepared.plan.components
         }
+        if len(tensors) > 1 or models != self._models:
+            # Of another text encoder.
+            self._texts, self._empty = {}, None
         if self._editor is not None and models == self._models:
             for name, values in tensors.items():
                 put_tensors(getattr(self._editor.pipeline, name), values, name)
             return
         self._editor, self._scheduler = None, {}
+        self._pictures, self._latents = {}, {}
         free_memory()
         with tempfile.TemporaryDirectory() as scratch:
             write_skeleton(prepared, Path(scratch))
@@ -162,12 +170,10 @@ class Bench(Closable):
                 tell(result.unet_rows)
         edited = time.perf_counter()
         ordered = [results[index] for index in range(len(cell.samples))]
-        values = measure_samples(
-            ordered,
-            cell.samples,
-            job.references.get() if job.references is not None else None,
-            self._spec.metrics,
-        )
+        references = job.references.get() if job.references is not None else None
+        values = measure_samples(ordered, cell.samples, references, self._spec.metrics)
+        if references is not None and "endpoint" in self._spec.metrics:
+            values["endpoint"] = self._endpoints(editor, cell, references, tell)
         pictures = {index: _in_bytes(ordered[index]) for index in job.shown}
         done = time.perf_counter()
         return CellFound(
@@ -187,34 +193,59 @@ class Bench(Closable):
         editor = self._take(cell, is_target=True)
         references, sources, pictures, rows = {}, {}, {}, 0
         for indices in self._batches(cell, job.indices):
-            images = [self._picture(cell, index) for index in indices]
             settings = cell.settings[indices[0]]
             check_settings(settings, trained_steps=editor.trained_steps, is_lcm=editor.is_lcm)
             schedule = make_schedule(editor.pipeline.scheduler, settings)
             with float32_precision(allows_tf32=editor.allows_tf32):
-                predict, latents = self._guided(
-                    editor, [cell.samples[index] for index in indices], images
-                )
+                predict, latents = self._guided(editor, cell, indices, self._spec.guidance)
                 drawn, generators = draw_noise(
                     [cell.samples[index].seed for index in indices], latents.shape[1:], schedule
                 )
                 noise, *following = editor.move(drawn)
                 count = predict.rows * len(indices)
-                first, last = follow_path(
+                states, ends = follow_path(
                     editor,
                     schedule,
                     predict,
                     Noise(noise, tuple(following), generators),
                     lambda count=count: tell(count),  # type: ignore[misc]
                 )
-                seen = decode_latents(editor, last).cpu().numpy()
+                seen = decode_latents(editor, ends[-1]).cpu().numpy()
             rows += count * predict.calls
             for at, index in enumerate(indices):
-                references[index] = SampleReference(first[at].cpu().numpy(), last[at].cpu().numpy())
-                sources[index] = np.asarray(images[at])
+                references[index] = SampleReference(
+                    states[:, at].cpu().numpy(), ends[:, at].cpu().numpy()
+                )
+                sources[index] = np.asarray(self._picture(cell, index))
                 pictures[index] = np.asarray(in_8_bits(seen[at]))
         seconds = time.perf_counter() - started
         return ReferenceFound(references, rows, seconds, sources, pictures)
+
+    @torch.inference_mode()
+    def _endpoints(
+        self,
+        editor: Editor,
+        cell: Cell,
+        references: Mapping[int, SampleReference],
+        tell: Tell,
+    ) -> tuple[float | None, ...]:
+        """Return how far each step's answer is from where the target leads, for each sample."""
+        values: dict[int, float | None] = {}
+        for indices in self._batches(cell, range(len(cell.samples))):
+            settings = cell.settings[indices[0]]
+            schedule = make_schedule(editor.pipeline.scheduler, settings)
+            guidance = settings.guidance_scale, settings.image_guidance_scale
+            found = [references[index] for index in indices]
+            states, ends = (
+                torch.from_numpy(np.stack(arrays, axis=1))
+                for arrays in ([f.states for f in found], [f.ends for f in found])
+            )
+            with float32_precision(allows_tf32=editor.allows_tf32):
+                predict, _ = self._guided(editor, cell, indices, guidance)
+                errors = endpoint_of(editor, schedule, predict, states, ends)
+            values |= dict(zip(indices, errors, strict=True))
+            tell(predict.rows * predict.calls * len(indices))
+        return tuple(values[index] for index in range(len(cell.samples)))
 
     @torch.inference_mode()
     def _residual(self, job: ResidualJob, tell: Tell) -> tuple[float | None, ...]:
@@ -223,27 +254,38 @@ class Bench(Closable):
         levels = NoiseLevels.of(editor.pipeline.scheduler)
         values: dict[int, float | None] = {}
         for indices in self._batches(cell, range(len(cell.samples))):
-            images = [self._picture(cell, index) for index in indices]
             latents = torch.from_numpy(np.stack([job.latents[index] for index in indices]))
             with float32_precision(allows_tf32=editor.allows_tf32):
-                predict, _ = self._guided(
-                    editor, [cell.samples[index] for index in indices], images
-                )
+                predict, _ = self._guided(editor, cell, indices, self._spec.guidance)
                 found = residual_of(editor, levels, predict, latents, indices)
             values |= dict(zip(indices, found, strict=True))
             tell(predict.rows * predict.calls * len(indices))
         return tuple(values[index] for index in range(len(cell.samples)))
 
     def _guided(
-        self, editor: Editor, samples: Sequence[Sample], images: Sequence[Image.Image]
+        self, editor: Editor, cell: Cell, indices: Sequence[int], guidance: tuple[float, float]
     ) -> tuple[GuidedModel, torch.Tensor]:
-        """Return the target with its own guidance, and the pictures' latents."""
-        rows = choose_rows(*self._spec.guidance)
-        texts = encode_texts(editor, [sample.edit.instruction for sample in samples])
-        empty = empty_text(editor, texts[0]) if rows > 1 else None
-        latents = encode_pictures(editor, images)
+        """Return the model as it stands with a guidance, and the pictures' latents."""
+        rows = choose_rows(*guidance)
+        texts = [self._text(editor, cell.samples[index].edit.instruction) for index in indices]
+        if rows > 1 and self._empty is None:
+            self._empty = empty_text(editor, texts[0])
+        latents = torch.stack([self._encoded(editor, cell, index) for index in indices])
+        empty = self._empty if rows > 1 else None
         conditions = make_conditions(editor, rows, texts, empty, latents)
-        return GuidedModel(editor, conditions, self._spec.guidance), latents
+        return GuidedModel(editor, conditions, guidance), latents
+
+    def _text(self, editor: Editor, instruction: str) -> TextEmbedding:
+        if instruction not in self._texts:
+            self._texts[instruction] = encode_texts(editor, [instruction])[0]
+        return self._texts[instruction]
+
+    def _encoded(self, editor: Editor, cell: Cell, index: int) -> torch.Tensor:
+        picture = self._picture(cell, index)
+        if id(picture) not in self._latents:
+            # Kept with the picture, whose identity is the key.
+            self._latents[id(picture)] = encode_pictures(editor, [picture])[0]
+        return self._latents[id(picture)]
 
     # Pictures --------------------------------------------------------------------------------
 

@@ -47,12 +47,18 @@ class SampleReference:
     """The target's own answers to a sample's noise.
 
     Attributes:
-        first: To the first step, `(4, h, w)`.
-        last: To the last step; the end of its path.
+        states: What each step begins with, `(steps, 4, h, w)`.
+        ends: Where the target leads from there, likewise.
     """
 
-    first: Floats
-    last: Floats
+    states: Floats
+    ends: Floats
+
+    @property
+    def last(self) -> Floats:
+        """Return the end of its path, `(4, h, w)`."""
+        last: Floats = self.ends[-1]
+        return last
 
 
 @dataclass(frozen=True, slots=True)

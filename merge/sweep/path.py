@@ -118,9 +118,9 @@ def follow_path(
     noise: Noise,
     on_evaluation: Callable[[], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the target's answers to the first and to the last step, each `(n, 4, h, w)` float32.
+    """Return what each step begins with and where it leads, each `(steps, n, 4, h, w)` float32.
 
-    Of a scheduler whose steps take no noise, both are the end of the one path that it follows.
+    A scheduler whose steps take no noise has one path, whatever the number of its steps.
 
     Args:
         editor: With the target's weights.
@@ -132,14 +132,12 @@ def follow_path(
     levels = NoiseLevels.of(editor.pipeline.scheduler)
     timesteps = [min(round(float(t)), len(levels.alphas) - 1) for t in schedule.timesteps]
     starts = timesteps[: 1 + schedule.noises]
-    latents, first = noise.first, None
+    states, ends = [noise.first], []
     for index, timestep in enumerate(starts):
-        latents = _solve(editor, levels, predict, latents, timestep, on_evaluation)
-        first = latents if first is None else first
+        ends.append(_solve(editor, levels, predict, states[-1], timestep, on_evaluation))
         if index + 1 < len(starts):
-            latents = levels.mix(latents, noise.steps[index], starts[index + 1])
-    assert first is not None
-    return first, latents
+            states.append(levels.mix(ends[-1], noise.steps[index], starts[index + 1]))
+    return torch.stack(states), torch.stack(ends)
 
 
 def _solve(

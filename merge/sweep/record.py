@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from merge.json_files import json_bytes, read_json
 from merge.sweep.jobs import Bytes, Floats
 from merge.sweep.measures import METRICS
 from merge.sweep.model import Cell, Measured, Sample, SweepResult
+from merge.sweep.statistics import PATH_SCORE, SCORE
 from merge.writer.file import replacement, write_atomically
 from merge.writer.tensors import write_errors
 
@@ -164,13 +166,28 @@ def cell_tree(cell: Cell, measured: Measured, source: str) -> dict[str, Any]:
             "resolution": settings.resolution,
             "timesteps": None if settings.timesteps is None else list(settings.timesteps),
         },
-        "metrics": {name: _rounded(measured.mean(name)) for name in measured.values},
+        "metrics": means_of(measured),
         "samples": {name: [*map(_rounded, found)] for name, found in measured.values.items()},
         "pictures": list(measured.pictures),
         "unet_rows": _rounded(measured.unet_rows),
         "seconds": {name: round(value, 3) for name, value in measured.seconds.items()},
         "problem": measured.problem,
     }
+
+
+def means_of(measured: Measured) -> dict[str, float | None]:
+    """Return every metric of a cell, with what ranks it where no answers are known."""
+    means = {name: _rounded(measured.mean(name)) for name in measured.values}
+    for ranking in (SCORE, PATH_SCORE):
+        if measured.values and ranking.can_rank(measured.values):
+            return {**means, ranking.name: _rounded(math.exp(ranking.score(measured.values)))}
+    return means
+
+
+def metric_names(measured: Iterable[Measured]) -> tuple[str, ...]:
+    """Return the metrics that some cell has, in the order in which they are told."""
+    found = {name for each in measured for name in means_of(each)}
+    return tuple(name for name in METRICS if name in found)
 
 
 def measured_of(tree: Mapping[str, Any]) -> Measured:
@@ -288,7 +305,8 @@ def table_bytes(result: SweepResult) -> bytes:
         measured = result.measured.get(cell.index)
         if measured is None:
             continue
-        means = [_rounded(measured.mean(name)) for name in result.metrics]
+        known = means_of(measured)
+        means = [known.get(name) for name in result.metrics]
         seconds = round(sum(measured.seconds.values()), 3)
         row = [*map(_safe, cell.labels), *("" if mean is None else mean for mean in means)]
         row += [measured.unet_rows, seconds, measured.digest, measured.sha256]

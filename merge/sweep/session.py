@@ -241,7 +241,8 @@ def count_rows(
     for cell in cells:
         for settings in cell.settings:
             each = int(choose_rows(settings.guidance_scale, settings.image_guidance_scale))
-            rows += each * settings.steps
+            takes = 2 if "endpoint" in spec.metrics else 1
+            rows += takes * each * settings.steps
         key = reference_key(cell, spec.prepared[cell.models])
         if follows and key not in paths:
             paths.add(key)

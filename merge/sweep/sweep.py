@@ -18,7 +18,7 @@ from merge.sweep.choice import choose_best
 from merge.sweep.estimate import Estimate, estimate
 from merge.sweep.inputs import Inputs, find_edits
 from merge.sweep.jobs import BenchSpec
-from merge.sweep.measures import DEFAULT, METRICS, check_metrics
+from merge.sweep.measures import DEFAULT, check_metrics
 from merge.sweep.model import Cell, SweepResult
 from merge.sweep.page import render_sweep
 from merge.sweep.planning import CellPlanner
@@ -26,6 +26,7 @@ from merge.sweep.record import (
     PAGE_NAME,
     TABLE_NAME,
     SweepFolder,
+    metric_names,
     sample_trees,
     table_bytes,
     write_sweep,
@@ -216,7 +217,6 @@ class _Work:
         """Return what is there by now."""
         book = self.book
         measured = dict(book.measured)
-        names = [name for name in METRICS if any(name in m.values for m in measured.values())]
         best, notes = choose_best(self.cells, measured)
         return SweepResult(
             book.place.folder,
@@ -225,7 +225,7 @@ class _Work:
             self.axes,
             self.cells,
             measured,
-            tuple(names),
+            metric_names(measured.values()),
             best,
             book.cost,
             book.device,

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from merge.sweep.statistics import Ranking, Values, part
 
 # Finer is no better than the samples are.
 _STEP = 0.05
+# Points on each side of the lowest that a curve is fitted to, and where its minimum is looked for.
+_SIDE = 3
+_GRID = 601
 
 
 def lowest(points: Sequence[tuple[float, float]]) -> float:
-    """Return the weight at the minimum of a parabola through the lowest point and its neighbours.
+    """Return the weight at the minimum of a smooth curve through the points.
+
+    A cubic by least squares, over the points around the lowest: three points alone would follow
+    their noise, and the curves are steeper on one side.
 
     Args:
         points: Weight and score, ascending by weight; at least one.
     """
     index = min(range(len(points)), key=lambda i: points[i][1])
-    if not 0 < index < len(points) - 1:
+    begin = max(0, min(index - _SIDE, len(points) - 2 * _SIDE - 1))
+    near = np.array(points[begin : begin + 2 * _SIDE + 1], dtype=np.float64)
+    if len(near) < 3:
         return points[index][0]
-    (x0, y0), (x1, y1), (x2, y2) = points[index - 1 : index + 2]
-    # Newton's divided differences.
-    first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    bend = (second - first) / (x2 - x0)
-    if bend <= 0:
-        return x1
-    vertex = (x0 + x1) / 2 - first / (2 * bend)
-    return min(max(vertex, x0), x2)
+    weights, values = near[:, 0], near[:, 1]
+    degree = min(3, max(2, len(near) - 2))
+    # Around the middle, where powers of the weights are small.
+    middle = float(weights.mean())
+    curve = np.polynomial.polynomial.polyfit(weights - middle, values, degree)
+    grid = np.linspace(weights[0], weights[-1], _GRID)
+    fitted = np.polynomial.polynomial.polyval(grid - middle, curve)
+    return float(grid[int(fitted.argmin())])
 
 
 def rounded(weight: float) -> float:

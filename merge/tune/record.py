@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge._version import __version__
-from merge.sweep.measures import METRICS
 from merge.sweep.model import Measured
-from merge.sweep.record import SWEEP_VERSION, cell_tree, metric_trees
+from merge.sweep.record import SWEEP_VERSION, cell_tree, metric_names, metric_trees
 from merge.sweep.statistics import part, score_interval
 from merge.tune.fit import folds
 from merge.tune.model import Curve, HeldOut, TuneResult
@@ -36,7 +35,7 @@ def tune_tree(
         cost: `unet_rows`, `seconds` and `merges`.
     """
     reference, ranking = result.reference, result.ranking
-    names = [n for n in METRICS if any(n in m.values for m in result.measured.values())]
+    names = metric_names(result.measured.values())
     return {
         "schema_version": SWEEP_VERSION,
         "tool": {"name": "instruct-merge", "version": __version__},

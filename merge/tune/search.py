@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from merge.sweep.model import Cell, Measured
-from merge.sweep.statistics import Ranking, Values, difference, part
+from merge.sweep.statistics import PATH_SCORE, Ranking, Values, difference, part
 from merge.tune.fit import folds, pick, rounded
 from merge.tune.model import Curve, HeldOut, Neighbour
 from merge.tune.settings import GROUPS, GUIDANCE, Setting, timesteps_for
@@ -48,6 +48,9 @@ class Search:
         """
         weights = self.weights if "weight" in over else [before.weight]
         self._try([before, *(replace(before, weight=weight) for weight in weights)])
+        if not self.known:
+            # The steps of a solver have no answers of their own.
+            self.ranking = PATH_SCORE
         best = self._best(self.known)
         if best is not None and "timesteps" in over:
             best = self._place(best, steps, "weight" in over)
@@ -137,7 +140,11 @@ class Search:
             return best
         vertex = replace(best, weight=rounded(pick(self.ranking, curve)))
         self._try([vertex])
-        return self._best(list(self.along(best).values())) or best
+        found = self._best(list(self.along(best).values())) or best
+        # The curve knows more than its lowest point, which is the one that noise favours most.
+        if vertex in self.cells and vertex in self.known and not self._is_better(found, vertex):
+            return vertex
+        return found
 
     def _around(self, best: Setting, has_weight: bool) -> list[Setting]:
         """Return a setting with the next smaller and the next larger weight that are tried."""

@@ -22,7 +22,7 @@ from merge.sweep.jobs import BenchSpec
 from merge.sweep.model import Cell, Sample
 from merge.sweep.planning import CellPlanner
 from merge.sweep.record import SweepFolder, sample_trees
-from merge.sweep.statistics import BOTH
+from merge.sweep.statistics import SCORE
 from merge.sweep.sweep import load_any, source_of
 from merge.sweep.workplace import ExecutorOptions, facts_of, make_pool
 from merge.tune.model import TuneResult
@@ -297,7 +297,7 @@ class _Work:
 
         asked = self.asked
         search = self.found = Search(
-            measure, self.book.measured, BOTH, self.deciding, asked.weights, self.budget
+            measure, self.book.measured, SCORE, self.deciding, asked.weights, self.budget
         )
         best = search.run(asked.before, asked.over, asked.steps)
         if best is None:
@@ -332,7 +332,7 @@ class _Work:
         from merge.sweep.statistics import difference, part
 
         gap = difference(
-            BOTH, part(search.values(found), self.held), part(search.values(best), self.held)
+            SCORE, part(search.values(found), self.held), part(search.values(best), self.held)
         )
         if gap.high < 0:
             self.chosen = found
@@ -359,7 +359,7 @@ class _Work:
             reason=self.reason,
             before=asked.before,
             overrides=() if chosen is None else (*asked.overrides, *chosen.overrides(asked.over)),
-            ranking=BOTH,
+            ranking=search.ranking if search is not None else SCORE,
             picks=search.picks(scalar) if is_known and search and scalar else (),
             curves=search.curves() if search is not None else (),
             held_out=search.held_out(scalar, self.held, what)

@@ -1,8 +1,8 @@
 """The process that talks to Ray: joins or starts a cluster, hires workers, hands out jobs.
 
 It reads from its home what to share and to run, and writes there what became of it: `ready`,
-`steps`, `result`, or, at last, `failed` (a job's or a worker's exception) or `lost` (Ray's). It ends
-when home does.
+`steps`, `result`, or, at last, `failed` (a job's or a worker's exception) or `lost` (Ray's). It
+ends when home does.
 """
 
 from __future__ import annotations
