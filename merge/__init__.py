@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from merge.background.pool.options import ExecutorOptions
     from merge.conversion.directions import convert
     from merge.editor.batches import edit, edit_many
     from merge.editor.load import load_editor
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from merge.sources.resolve import resolve_sources
     from merge.sweep.inputs import Inputs
     from merge.sweep.sweep import sweep
-    from merge.sweep.workplace import ExecutorOptions
     from merge.tune.tune import tune
     from merge.verify.files import verify_files
     from merge.verify.folder import verify_folder
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EditRequest": "merge.editor.result",
     "EditSettings": "merge.editor.settings",
-    "ExecutorOptions": "merge.sweep.workplace",
+    "ExecutorOptions": "merge.background.pool.options",
     "Inputs": "merge.sweep.inputs",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan.build",

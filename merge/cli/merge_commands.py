@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from merge.background.pool.options import ExecutorOptions
 from merge.cli.options import (
     PATH,
     command,
@@ -16,8 +17,10 @@ from merge.cli.options import (
     overwrite_option,
 )
 from merge.cli.output import Bars, is_quiet, print_json, remark
+from merge.cli.searches import workplace_options
 
 if TYPE_CHECKING:
+    from merge.run.many import RunOptions
     from merge.sources.model import Sources
 
 
@@ -28,9 +31,10 @@ if TYPE_CHECKING:
     "run my.yaml models.target=./ip2p out_dtype=bfloat16 --device cuda",
     "run my.yaml --write-lock",
     "run outputs/mine/recipe.lock.yaml --out outputs/again",
+    "run a.yaml b.yaml c.yaml --executor ray",
 )
 @click.argument("recipe")
-@overrides_argument
+@click.argument("words", nargs=-1, metavar="[RECIPE]... [KEY=VALUE]...")
 @click.option("--out", type=PATH, help="The output folder itself.")
 @merge_device_option
 @click.option(
@@ -43,9 +47,10 @@ if TYPE_CHECKING:
     "--locked", is_flag=True, help="Use exactly the inputs of NAME.lock.yaml beside the recipe."
 )
 @click.option("--write-lock", is_flag=True, help="Make NAME.lock.yaml beside the recipe.")
+@workplace_options
 def run_command(
     recipe: str,
-    overrides: tuple[str, ...],
+    words: tuple[str, ...],
     out: Path | None,
     device: str,
     threads: int | None,
@@ -54,6 +59,9 @@ def run_command(
     no_verify: bool,
     locked: bool,
     write_lock: bool,
+    executor: str,
+    address: str,
+    jobs: int | None,
 ) -> None:
     """Merge a RECIPE's models, export a standalone checkpoint and edit a picture with it.
 
@@ -61,8 +69,28 @@ def run_command(
     weight=0.8 or block_weights[mid_block.*]=0.5. The last line on stdout is the output folder,
     which appears only when it is complete. A lock such as an output's recipe.lock.yaml runs too,
     with exactly the inputs that it names or not at all.
+
+    Several recipes run one after the other, or with --executor ray side by side, each into its own
+    folder; one that fails stops no other.
     """
+    recipes = (recipe, *(word for word in words if "=" not in word))
+    overrides = tuple(word for word in words if "=" in word)
+    if len(recipes) > 1 or executor == "ray":
+        if out is not None or locked or write_lock:
+            raise click.UsageError(
+                "--out, --locked and --write-lock are for a single recipe that runs here"
+            )
+        from merge.run.many import RunOptions
+
+        _run_many(
+            recipes,
+            overrides,
+            RunOptions(device, threads, overwrite, resume, not no_verify),
+            ExecutorOptions(executor, address, jobs),
+        )
+        return
     from merge.records.lock.find import load_recipe_or_lock, lock_for, lock_path_of
+    from merge.run.many import summary
     from merge.run.stages import run_recipe
 
     if locked and write_lock:
@@ -86,16 +114,32 @@ def run_command(
             write_lock=lock_path if write_lock else None,
             on_progress=bars,
         )
-    counts = result.plan.counts
-    applied = counts["delta"] + counts["lora"] + counts["bake"]
-    remark(
-        f"merged {applied} of {len(result.plan.tensors)} tensors in "
-        f"{result.seconds['merge']:.1f} s, {result.seconds['total']:.1f} s in all; "
-        f"recipe digest {result.recipe_digest[:16]}"
-    )
-    if result.verdict:
-        remark(result.verdict)
+    remark(*summary(result))
     click.echo(result.folder)
+
+
+def _run_many(
+    recipes: tuple[str, ...],
+    overrides: tuple[str, ...],
+    options: RunOptions,
+    executor: ExecutorOptions,
+) -> None:
+    """Run several recipes; tell each as soon as it is done."""
+    from merge.background.pool.open import open_pool
+    from merge.run.many import RunJob, RunOutcome, load_many, run_many
+
+    jobs = load_many(recipes, overrides)
+
+    def tell(job: RunJob, outcome: RunOutcome) -> None:
+        if outcome.error:
+            remark(f"{job.recipe.name}: {outcome.error}", f"hint: {outcome.hint}")
+            return
+        remark(*(f"{job.recipe.name}: {line}" for line in outcome.lines))
+        click.echo(outcome.folder)
+
+    uses_gpu = options.device not in ("cpu", "mps")
+    with open_pool(executor, uses_gpu=uses_gpu, threads=options.threads) as pool:
+        run_many(jobs, options, pool, tell)
 
 
 @command(

@@ -71,10 +71,10 @@ def sweep_command(
     and images/; each finished cell is kept at once. The last line on stdout is the folder.
     """
     silence_libraries()
+    from merge.background.pool.options import ExecutorOptions
     from merge.sweep.inputs import Inputs
     from merge.sweep.measures import DEFAULT
     from merge.sweep.sweep import plan_sweep, sweep
-    from merge.sweep.workplace import ExecutorOptions
 
     inputs = Inputs(edits, images, instructions, samples)
     names = DEFAULT if metrics is None else metrics.replace(" ", "").split(",")

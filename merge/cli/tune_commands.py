@@ -79,8 +79,8 @@ def tune_command(
     folder.
     """
     silence_libraries()
+    from merge.background.pool.options import ExecutorOptions
     from merge.sweep.inputs import Inputs
-    from merge.sweep.workplace import ExecutorOptions
     from merge.tune.tune import plan_tune, tune
 
     inputs = Inputs(edits, images, instructions, samples)

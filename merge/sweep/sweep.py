@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge.background.pool.options import ExecutorOptions
 from merge.errors import EngineError, RecipeError
 from merge.recipe.schema import Recipe
 from merge.records.lock.find import load_recipe_or_lock
@@ -31,7 +32,7 @@ from merge.sweep.record import (
     table_bytes,
     write_sweep,
 )
-from merge.sweep.workplace import ExecutorOptions, facts_of, make_pool
+from merge.sweep.workplace import facts_of, make_pool
 
 # A page of more pictures would be no overview.
 MOST_SHOWN = 16

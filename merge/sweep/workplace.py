@@ -5,51 +5,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from merge._version import __version__
-from merge.background.pool.local import LocalPool
 from merge.background.pool.model import Pool
+from merge.background.pool.open import open_pool
+from merge.background.pool.options import ExecutorOptions
 from merge.json_files import canonical_bytes
 from merge.sweep.jobs import BenchSpec
 from merge.sweep.model import Cell
 
-EXECUTORS = ("local", "ray")
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutorOptions:
-    """Where cells run.
-
-    Attributes:
-        name: `local` or `ray`.
-        address: Of a Ray cluster; `auto`: the one that this machine belongs to, or a new one here.
-        jobs: The most workers of a cluster; None: as many as it has room for.
-    """
-
-    name: str = "local"
-    address: str = "auto"
-    jobs: int | None = None
-
 
 def make_pool(options: ExecutorOptions, spec: BenchSpec) -> Pool:
-    """Return the pool that an executor stands for.
+    """Return the pool that measures cells.
 
     Raises:
         ValueError: there is no such executor.
     """
-    if options.name == "local":
-        return LocalPool()
-    if options.name != "ray":
-        raise ValueError(f"executor {options.name!r} is not one of {', '.join(EXECUTORS)}")
     import torch
 
-    from merge.background.pool.cluster import RayPool
-
-    gpus = 0.0 if spec.device in ("cpu", "mps") else None
     # As many threads as here: sums depend on how they are shared out.
-    return RayPool(
-        address=options.address, workers=options.jobs, gpus=gpus, threads=torch.get_num_threads()
+    return open_pool(
+        options,
+        uses_gpu=spec.device not in ("cpu", "mps"),
+        threads=torch.get_num_threads(),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.background.pool.model import Pool
+from merge.background.pool.options import ExecutorOptions
 from merge.errors import RecipeError, VerificationError
 from merge.json_files import json_bytes
 from merge.recipe.load import override_recipe
@@ -24,7 +25,7 @@ from merge.sweep.planning import CellPlanner
 from merge.sweep.record import SweepFolder, sample_trees
 from merge.sweep.statistics import SCORE
 from merge.sweep.sweep import load_any, source_of
-from merge.sweep.workplace import ExecutorOptions, facts_of, make_pool
+from merge.sweep.workplace import facts_of, make_pool
 from merge.tune.model import TuneResult
 from merge.tune.page import render_tune
 from merge.tune.recipe import tuned_recipe
