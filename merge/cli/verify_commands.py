@@ -31,9 +31,17 @@ from merge.cli.output import Bars, is_quiet, print_json, remark, silence_librari
     metavar="TARGET",
     help="Also the pictures of this unmerged model: a folder, or org/name[@revision] on the Hub.",
 )
-@click.option("--compare-steps", default=50, type=STEPS, help="Of the target's own scheduler.")
-@click.option("--compare-guidance-scale", default=7.5, help="Of the target at those steps.")
-@click.option("--compare-image-guidance-scale", default=1.5, help="Of the target at those steps.")
+@click.option(
+    "--compare-steps",
+    type=STEPS,
+    help="Of the target's own scheduler; default: verify.compare of the recipe.",
+)
+@click.option(
+    "--compare-guidance-scale", type=float, help="Of the target at those steps; likewise."
+)
+@click.option(
+    "--compare-image-guidance-scale", type=float, help="Of the target at those steps; likewise."
+)
 @click.option("--no-cache", is_flag=True, help="Make the target's pictures anew and keep none.")
 @click.option(
     "--clip", metavar="MODEL", help="CLIP model to measure edits with: a folder or org/name."
@@ -53,9 +61,9 @@ def verify_command(
     files: bool,
     edits: Path | None,
     compare: str | None,
-    compare_steps: int,
-    compare_guidance_scale: float,
-    compare_image_guidance_scale: float,
+    compare_steps: int | None,
+    compare_guidance_scale: float | None,
+    compare_image_guidance_scale: float | None,
     no_cache: bool,
     clip: str | None,
     strict: bool,
@@ -81,20 +89,21 @@ def verify_command(
     silence_libraries()
     from merge.errors import VerificationError
     from merge.json_files import json_bytes
+    from merge.verify.compare import compare_options
     from merge.verify.edits import read_edits
     from merge.verify.folder import verify_folder
-    from merge.verify.model import CompareOptions
     from merge.verify.report import report_to_json
 
     options = None
     if compare is not None:
-        options = CompareOptions(
-            compare,
-            compare_steps,
-            check_scale(compare_guidance_scale, "--compare-guidance-scale"),
-            check_scale(compare_image_guidance_scale, "--compare-image-guidance-scale"),
-            not no_cache,
+        scales = (
+            (compare_guidance_scale, "--compare-guidance-scale"),
+            (compare_image_guidance_scale, "--compare-image-guidance-scale"),
         )
+        text, image = (
+            None if scale is None else check_scale(scale, name) for scale, name in scales
+        )
+        options = compare_options(folder, compare, compare_steps, text, image, cache=not no_cache)
     try:
         with Bars(quiet=is_quiet()) as bars:
             report = verify_folder(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merge.background.closable import Closable
 from merge.background.digest_process import DigestProcess
@@ -15,6 +16,7 @@ from merge.editor.load import Editor, load_editor
 from merge.editor.settings import EditSettings
 from merge.errors import RecipeError, SourceError, SourceNotFoundError
 from merge.recipe.schema import ModelRef, Models, Recipe
+from merge.records.folder import OutputRecords
 from merge.sources.resolve import resolve_sources
 from merge.verify.model import ComparedTarget, CompareOptions, EditRow, Picture
 from merge.verify.references import ReferenceCache, cache_folder, reference_key
@@ -60,6 +62,46 @@ def find_target(model: str) -> ComparedTarget:
     files |= {path.relative_to(found.root).as_posix(): path for path in (index, scheduler)}
     weights = tuple(file.path for file in found.main_files)
     return ComparedTarget(found.label, found.commit, found.root, weights, files)
+
+
+def compare_options(
+    folder: Path,
+    model: str,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    *,
+    cache: bool = True,
+) -> CompareOptions:
+    """Return how a target makes its pictures: as is said, or else as the output's recipe has it.
+
+    Args:
+        folder: The output.
+        model: The target, as for `CompareOptions`.
+        steps: Of its own scheduler; None: the recipe's.
+        guidance_scale: Likewise.
+        image_guidance_scale: Likewise.
+        cache: As for `CompareOptions`.
+    """
+    verify = (OutputRecords(folder).recipe or {}).get("verify")
+    known = verify.get("compare") if isinstance(verify, dict) else None
+    usual = CompareOptions(model)
+
+    def number(said: float | None, name: str) -> Any:
+        # A lock is a file that anybody can write to.
+        found = known.get(name) if isinstance(known, dict) else None
+        default = getattr(usual, name)
+        kinds = int if isinstance(default, int) else (int, float)
+        is_number = isinstance(found, kinds) and not isinstance(found, bool)
+        return said if said is not None else found if is_number else default
+
+    return CompareOptions(
+        model,
+        number(steps, "steps"),
+        number(guidance_scale, "guidance_scale"),
+        number(image_guidance_scale, "image_guidance_scale"),
+        cache,
+    )
 
 
 class Comparison(Closable):
