@@ -222,13 +222,13 @@ class _Asked:
         before = self.before
         weights = self.weights if "weight" in self.over else (before.weight,)
         around = weights[:3]
-        found = [before, *(Setting(w, before.guidance_scale, before.timesteps) for w in weights)]
+        found = [before, *(Setting(w, 1.0, before.timesteps) for w in (before.weight, *weights))]
         places = timesteps_for(self.steps) if "timesteps" in self.over else ()
-        found += [Setting(w, before.guidance_scale, places_) for places_ in places for w in around]
+        found += [Setting(w, 1.0, placed) for placed in places for w in around]
         if "guidance_scale" in self.over:
             found += [Setting(w, g, before.timesteps) for g in (1.0, 1.5, 2.0) for w in around]
         if "weight" in self.over:
-            found.append(Setting(0.123, before.guidance_scale, before.timesteps))
+            found.append(Setting(0.123, 1.0, before.timesteps))
         return list(dict.fromkeys(found))
 
 
@@ -313,6 +313,12 @@ class _Work:
 
     def _note(self, search: Search, best: Setting) -> None:
         curve = search.along(best)
+        own = self.asked.before.guidance_scale
+        if own > 1 and "guidance_scale" not in self.asked.over:
+            self.notes.append(
+                "Judged at guidance 1, where measures do not mislead; the recipe edits with "
+                f"{own:g}: --over weight,guidance_scale chooses that as well."
+            )
         if "weight" in self.asked.over and best.weight == max(curve):
             self.notes.append("The best weight is the largest that was tried: see --weights.")
         picks = search.picks(best)
