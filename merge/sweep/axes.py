@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, localcontext
 
 from merge.errors import RecipeError
 
 MAX_AXES = 3
 MAX_CELLS = 10_000
+# Of the numbers of a range, before and after the point.
+_MAX_DIGITS = 20
 _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
 HINT = "an axis is KEY=A,B,C or KEY=START:STOP:STEP, such as weight=0:1.5:0.25"
 
@@ -72,6 +74,7 @@ def read_axes(words: Sequence[str]) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
     axes: list[Axis] = []
     overrides: list[str] = []
     problems: list[str] = []
+    singles: set[str] = set()
     for word in words:
         key, equals, text = word.partition("=")
         key = _short(key.strip())
@@ -84,10 +87,12 @@ def read_axes(words: Sequence[str]) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
             problems.append(f"{word!r}: {error}")
             continue
         if len(values) == 1:
+            singles.add(key)
             overrides += override_words(key, values[0])
             continue
         problems += _axis_problems(key, values, [axis.key for axis in axes])
         axes.append(Axis(key, tuple(AxisValue(v, override_words(key, v)) for v in values)))
+    problems += _clashes([axis.key for axis in axes], singles)
     if len(axes) > MAX_AXES:
         problems.append(f"there are {len(axes)} axes, and {MAX_AXES} are the most")
     count = cell_count(axes)
@@ -139,13 +144,31 @@ def _short(key: str) -> str:
 def _axis_problems(key: str, values: Sequence[str], others: Sequence[str]) -> Iterator[str]:
     if key in others:
         yield f"{key}: it is an axis twice"
-    if any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT):
+    if any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in _WITHOUT_EFFECT):
         yield f"{key}: nothing that is measured depends on it"
-    twice = sorted({value for value in values if values.count(value) > 1})
+    if key.startswith("verify.seeds"):
+        yield f"{key}: cells differ in one seed, as in seed=0,1"
+    meanings = [_meaning(key, value) for value in values]
+    twice = [value for at, value in enumerate(values) if meanings[at] in meanings[:at]]
     if twice:
-        yield f"{key}: {', '.join(twice)} is there twice"
+        yield f"{key}: {', '.join(dict.fromkeys(twice))} is there twice"
     if any(not value for value in values):
         yield f"{key}: a value is empty"
+
+
+def _clashes(axes: Sequence[str], singles: set[str]) -> Iterator[str]:
+    """Say which words would take away the effect of others."""
+    for key in axes:
+        if key in singles:
+            yield f"{key}: it is an axis, and has one value for every cell too"
+    if {"steps", "timesteps"} <= {*axes, *singles}:
+        yield "steps, timesteps: explicit timesteps have a number, so name one of the two"
+
+
+def _meaning(key: str, value: str) -> object:
+    """Return what is the same for two ways to write a value."""
+    numbers = _numbers([value])
+    return numbers[0] if numbers else override_words(key, value)[0].replace(" ", "")
 
 
 def _values(text: str) -> list[str]:
@@ -188,10 +211,21 @@ def _numbers(words: Sequence[str]) -> list[Decimal] | None:
 
 def _range(start: Decimal, stop: Decimal, step: Decimal) -> list[str]:
     """Return the numbers of a range with both ends, exact as decimals are."""
-    if step == 0 or (stop - start) * step < 0:
-        raise ValueError("its step does not lead from START to STOP")
-    count = int((stop - start) / step) + 1
-    if count > MAX_CELLS:
-        raise ValueError(f"it has {count:,} values")
-    values = (start + index * step for index in range(count))
-    return [f"{value.normalize() if value else Decimal(0):f}" for value in values]
+    numbers = (start, stop, step)
+    if any(n.adjusted() > _MAX_DIGITS or _places(n) > _MAX_DIGITS for n in numbers):
+        raise ValueError(f"its numbers have more than {_MAX_DIGITS} digits on one side")
+    # No digit of such numbers is lost.
+    with localcontext(prec=8 * _MAX_DIGITS):
+        if step == 0 or (stop - start) * step < 0:
+            raise ValueError("its step does not lead from START to STOP")
+        count = int((stop - start) // step) + 1
+        if count > MAX_CELLS:
+            raise ValueError(f"it has {count:,} values")
+        values = [start + index * step for index in range(count)]
+        return [f"{value.normalize() if value else Decimal(0):f}" for value in values]
+
+
+def _places(number: Decimal) -> int:
+    """Return the digits after the point."""
+    exponent = number.as_tuple().exponent
+    return -exponent if isinstance(exponent, int) else 0

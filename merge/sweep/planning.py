@@ -112,11 +112,12 @@ class CellPlanner:
             # They name key and value, and many cells share them.
             raise RecipeError("", error.problems or [error.message], hint=error.hint) from error
         keys = tuple(axis.key for axis in axes)
+        said = {word.partition("=")[0] for word in (*self._overrides, *overrides)}
         samples = make_samples(
-            self.edits, recipe.verify.seeds, self._count, is_seed_fixed="seed" in keys
+            self.edits, recipe.verify.seeds, self._count, is_seed_fixed="verify.seeds" in said
         )
         labels = tuple(value.label for value in values)
-        is_placed = "steps" in keys or "timesteps" in keys
+        is_placed = not said.isdisjoint(("verify.steps", "verify.timesteps"))
         settings = _settings(recipe, samples, is_placed=is_placed)
         return _Draft(recipe, keys, labels, words, tuple(overrides), samples, settings)
 
@@ -135,7 +136,9 @@ class CellPlanner:
                 where = " ".join(draft.words)
                 problems = [f"{where}: {problem}" for problem in error.problems]
                 raise PlanError("", problems or [error.message], hint=error.hint) from error
-        values = dict(zip(draft.keys, map(_typed, draft.keys, draft.labels), strict=True))
+        values = {key: _typed(label) for key, label in zip(draft.keys, draft.labels, strict=True)}
+        if "timesteps" in values:
+            values["timesteps"] = recipe.verify.timesteps
         return Cell(
             index,
             values,
@@ -242,7 +245,7 @@ def _settings(
     Args:
         recipe: Its `verify`.
         samples: What is edited.
-        is_placed: The grid says which steps there are, and no edit says otherwise.
+        is_placed: The words of the grid say which steps there are, and no edit says otherwise.
     """
     verify = recipe.verify
     timesteps = None if verify.timesteps is None else tuple(verify.timesteps)
@@ -259,14 +262,8 @@ def _settings(
     return tuple(sample.edit.settings(shared, sample.seed) for sample in samples)
 
 
-def _typed(key: str, label: str) -> Any:
-    """Return a value as JSON has it: a number, a list of timesteps, or the text."""
-    if key == "timesteps":
-        return (
-            None
-            if label == "null"
-            else [int(word) for word in label.strip("[]").replace(",", "/").split("/")]
-        )
+def _typed(label: str) -> Any:
+    """Return a value as JSON has it: a number, or the text."""
     for kind in (int, float):
         try:
             return kind(label)
