@@ -112,11 +112,16 @@ class Bars(Closable):
             self._bar = None
 
 
-def silence_libraries() -> None:
-    """Keep the libraries' own bars and advice out of our messages, unless asked for."""
+def silence_libraries(*, is_offline: bool = True) -> None:
+    """Keep the libraries' own bars and advice out of our messages, unless asked for.
+
+    Args:
+        is_offline: Nothing of the Hub is needed.
+    """
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    # Offline by design: an export needs no other file.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if is_offline:
+        # By design: an export needs no other file.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")

@@ -34,6 +34,9 @@ from merge.cli.searches import inputs_options, workplace_options
     metavar="LIST",
     help="Of path,endpoint,residual,l1,psnr,ssim; default: path,residual.",
 )
+@click.option(
+    "--clip", metavar="MODEL", help="CLIP model to measure edits with: a folder or org/name."
+)
 @edit_device_option
 @click.option("--threads", type=click.IntRange(1, 64), help="Workers of a merge.")
 @workplace_options
@@ -50,6 +53,7 @@ def sweep_command(
     instructions: Path | None,
     samples: int | None,
     metrics: str | None,
+    clip: str | None,
     device: str,
     threads: int | None,
     executor: str,
@@ -70,7 +74,7 @@ def sweep_command(
     Nothing is exported. The folder gets sweep.html with pictures and curves, sweep.csv, sweep.json
     and images/; each finished cell is kept at once. The last line on stdout is the folder.
     """
-    silence_libraries()
+    silence_libraries(is_offline=False)
     from merge.background.pool.options import ExecutorOptions
     from merge.sweep.inputs import Inputs
     from merge.sweep.measures import DEFAULT
@@ -91,6 +95,7 @@ def sweep_command(
             out=out,
             inputs=inputs,
             metrics=names,
+            clip=clip,
             device=device,
             threads=threads,
             executor=ExecutorOptions(executor, address, jobs),

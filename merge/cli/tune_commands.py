@@ -78,7 +78,7 @@ def tune_command(
     exit code is 9 where the samples tell no weight from another. The last line on stdout is the
     folder.
     """
-    silence_libraries()
+    silence_libraries(is_offline=False)
     from merge.background.pool.options import ExecutorOptions
     from merge.sweep.inputs import Inputs
     from merge.tune.tune import plan_tune, tune

@@ -47,6 +47,7 @@ from merge.sweep.jobs import (
 from merge.sweep.measures import endpoint_of, measure_samples, residual_of
 from merge.sweep.model import Cell
 from merge.sweep.path import NoiseLevels, follow_path
+from merge.verify.clip import ClipScorer
 from merge.verify.drawings import draw_picture
 from merge.verify.memory import free_memory
 
@@ -77,6 +78,7 @@ class Bench(Closable):
         self._latents: dict[int, torch.Tensor] = {}
         self._texts: dict[str, TextEmbedding] = {}
         self._empty: TextEmbedding | None = None
+        self._clip: ClipScorer | None = None
 
     def run(self, job: Job, on_progress: Tell) -> Any:
         """Do a job.
@@ -174,6 +176,8 @@ class Bench(Closable):
         values = measure_samples(ordered, cell.samples, references, self._spec.metrics)
         if references is not None and "endpoint" in self._spec.metrics:
             values["endpoint"] = self._endpoints(editor, cell, references, tell)
+        if self._spec.clip is not None:
+            values |= self._clip_scores(editor, cell, ordered)
         pictures = {index: _in_bytes(ordered[index]) for index in job.shown}
         done = time.perf_counter()
         return CellFound(
@@ -220,6 +224,25 @@ class Bench(Closable):
                 pictures[index] = np.asarray(in_8_bits(seen[at]))
         seconds = time.perf_counter() - started
         return ReferenceFound(references, rows, seconds, sources, pictures)
+
+    def _clip_scores(
+        self, editor: Editor, cell: Cell, results: Sequence[EditResult]
+    ) -> dict[str, tuple[float | None, ...]]:
+        """Return what CLIP says of each sample; what needs captions is None without them."""
+        if self._clip is None:
+            assert self._spec.clip is not None
+            self._clip = ClipScorer(self._spec.clip, editor.device)
+        found = [
+            self._clip.score(
+                result.source,
+                result.to_pil(),
+                sample.edit.before_caption,
+                sample.edit.after_caption,
+            )
+            for result, sample in zip(results, cell.samples, strict=True)
+        ]
+        names = dict.fromkeys(name for scores in found for name in scores)
+        return {name: tuple(scores.get(name) for scores in found) for name in names}
 
     @torch.inference_mode()
     def _endpoints(

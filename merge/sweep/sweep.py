@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from merge.sweep.record import (
     write_sweep,
 )
 from merge.sweep.workplace import facts_of, make_pool
+from merge.verify.clip import find_clip
 
 # A page of more pictures would be no overview.
 MOST_SHOWN = 16
@@ -45,6 +47,7 @@ def sweep(
     out: str | Path | None = None,
     inputs: Inputs | None = None,
     metrics: Sequence[str] = DEFAULT,
+    clip: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     executor: ExecutorOptions | None = None,
@@ -65,6 +68,7 @@ def sweep(
         out: The folder to write; default: `outputs/NAME-sweep`.
         inputs: What is edited; default: the recipe's edits with its seeds.
         metrics: Of `merge.sweep.measures.CHOICES`.
+        clip: Folder or Hub id of a CLIP model to measure edits with, too.
         device: As for `load_editor`; merges run there too.
         threads: Workers of a merge; None for the default.
         executor: Where cells run; None: in this process.
@@ -83,7 +87,10 @@ def sweep(
     grid = _Grid.of(recipe, axes, inputs or Inputs(), metrics, on_progress, is_dry=False)
     place = SweepFolder(Path(out) if out is not None else Path("outputs") / f"{grid.name}-sweep")
     place.check(overwrite=overwrite, resume=resume)
+    if clip is not None:
+        find_clip(clip)
     cells, spec = grid.cells(device, threads)
+    spec = dataclasses.replace(spec, clip=clip)
     facts = facts_of(spec, cells)
     kept = place.open(facts, overwrite=overwrite, resume=resume)
     tell = on_progress or (lambda stage, done, total: None)

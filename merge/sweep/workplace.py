@@ -51,7 +51,7 @@ def facts_of(spec: BenchSpec, cells: Sequence[Cell]) -> dict[str, str]:
             [[_setting(s) for s in map(dataclasses.asdict, cell.settings)] for cell in cells]
         ),
         "the target's own settings": _digest(list(spec.guidance)),
-        "the metrics": _digest(sorted(spec.metrics)),
+        "the metrics": _digest([*sorted(spec.metrics), spec.clip or ""]),
         "the device": spec.device,
     }
 
