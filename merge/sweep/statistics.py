@@ -69,7 +69,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value and its 95 % interval.
+    """A value and its interval, of 95 % where nothing else is said.
 
     Attributes:
         value: From all samples.
@@ -92,15 +92,23 @@ def score_interval(ranking: Ranking, values: Values) -> Interval:
     return _interval(ranking.score(values), ranking.scores(values, _draws(_count(values))))
 
 
-def difference(ranking: Ranking, first: Values, second: Values) -> Interval:
+def difference(
+    ranking: Ranking, first: Values, second: Values, confidence: float = 0.95
+) -> Interval:
     """Return by how much the first cell's score is larger, over the same samples.
+
+    Args:
+        ranking: What is compared.
+        first: Values of a cell.
+        second: Of the same samples.
+        confidence: Of the interval; more where the cells were picked among many.
 
     Source: Efron 1979, the bootstrap; cells share the samples of each draw, so what they have in
     common cancels out.
     """
     shares = _draws(_count(first))
     gaps = ranking.scores(first, shares) - ranking.scores(second, shares)
-    return _interval(ranking.score(first) - ranking.score(second), gaps)
+    return _interval(ranking.score(first) - ranking.score(second), gaps, confidence)
 
 
 def part(values: Values, indices: Sequence[int]) -> dict[str, tuple[float | None, ...]]:
@@ -112,8 +120,8 @@ def _count(values: Values) -> int:
     return len(next(iter(values.values())))
 
 
-def _interval(value: float, drawn: Array) -> Interval:
-    low, high = np.percentile(drawn, (2.5, 97.5))
+def _interval(value: float, drawn: Array, confidence: float = 0.95) -> Interval:
+    low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
     return Interval(value, float(low), float(high))
 
 

@@ -10,27 +10,28 @@ from merge.sweep.statistics import Ranking, Values, part
 
 # Finer is no better than the samples are.
 _STEP = 0.05
-# Points on each side of the lowest that a curve is fitted to, and where its minimum is looked for.
-_SIDE = 3
+# Points that a curve is fitted to at least, and where its minimum is looked for.
+_LEAST = 5
 _GRID = 601
 
 
 def lowest(points: Sequence[tuple[float, float]]) -> float:
     """Return the weight at the minimum of a smooth curve through the points.
 
-    A cubic by least squares, over the points around the lowest: three points alone would follow
-    their noise, and the curves are steeper on one side.
+    A cubic by least squares over the half of the weights that is nearest to the lowest point: three
+    points alone would follow their noise, and the curves are steeper on one side.
 
     Args:
         points: Weight and score, ascending by weight; at least one.
     """
-    index = min(range(len(points)), key=lambda i: points[i][1])
-    begin = max(0, min(index - _SIDE, len(points) - 2 * _SIDE - 1))
-    near = np.array(points[begin : begin + 2 * _SIDE + 1], dtype=np.float64)
-    if len(near) < 3:
-        return points[index][0]
-    weights, values = near[:, 0], near[:, 1]
-    degree = min(3, max(2, len(near) - 2))
+    every = np.array(points, dtype=np.float64)
+    start = every[int(every[:, 1].argmin()), 0]
+    distances = np.abs(every[:, 0] - start)
+    window = max((every[-1, 0] - every[0, 0]) / 2, np.sort(distances)[:_LEAST].max())
+    weights, values = every[distances <= window + 1e-9].T
+    if len(weights) < 3:
+        return float(start)
+    degree = min(3, max(2, len(weights) - 2))
     # Around the middle, where powers of the weights are small.
     middle = float(weights.mean())
     curve = np.polynomial.polynomial.polyfit(weights - middle, values, degree)

@@ -13,6 +13,10 @@ from merge.tune.model import Curve, HeldOut, Neighbour
 from merge.tune.settings import GROUPS, GUIDANCE, Setting, timesteps_for
 
 _GROUP_STEP = 0.25
+# From the lowest point of a curve to where it is looked at again.
+_BESIDE = 0.1
+# Best and worst of some ten cells differ by chance more often than two that were named before.
+_SURE = 0.995
 
 
 @dataclass
@@ -148,18 +152,28 @@ class Search:
         return RESIDUAL.score(self.deciding_values(setting))
 
     def _refine(self, best: Setting) -> Setting:
-        """Fill in the curve at the final settings, and measure its lowest point."""
+        """Fill in the curve at the final settings, and measure around its lowest point.
+
+        More weights there cost little beside the target's path, and edits of each have noise of
+        their own.
+        """
         self._try([replace(best, weight=weight) for weight in self.weights])
-        curve = {w: self.deciding_values(s) for w, s in self.along(best).items()}
-        if len(curve) < 3:
+        if len(self.along(best)) < 3:
             return best
-        vertex = replace(best, weight=rounded(pick(self.ranking, curve)))
+        first = self._bottom(best)
+        inside = [w for w in (first - _BESIDE, first, first + _BESIDE) if w >= self.weights[0]]
+        self._try([replace(best, weight=rounded(weight)) for weight in inside])
+        vertex = replace(best, weight=rounded(self._bottom(best)))
         self._try([vertex])
         found = self._best(list(self.along(best).values())) or best
         # The curve knows more than its lowest point, which is the one that noise favours most.
         if vertex in self.cells and vertex in self.known and not self._is_better(found, vertex):
             return vertex
         return found
+
+    def _bottom(self, best: Setting) -> float:
+        curve = {w: self.deciding_values(s) for w, s in self.along(best).items()}
+        return pick(self.ranking, curve)
 
     def _around(self, best: Setting, has_weight: bool) -> list[Setting]:
         """Return a setting with the next smaller and the next larger weight that are tried."""
@@ -202,7 +216,8 @@ class Search:
             worst = curve[max(scores, key=lambda weight: scores[weight])]
         else:
             worst = max(self.known, key=self.score)
-        if worst == best or not self._is_better(best, worst):
+        values = self.deciding_values(worst), self.deciding_values(best)
+        if not difference(self.ranking, *values, confidence=_SURE).low > 0:
             return "the curve is flat: these samples do not tell even the outermost settings apart"
         if best.weight == 0:
             return "no weight is better than 0, which is the target itself"

@@ -33,7 +33,7 @@ from merge.tune.record import JSON_NAME, PAGE_NAME, RECIPE_NAME, tune_tree
 from merge.tune.search import Search
 from merge.tune.settings import WEIGHTS, Setting, check_over, read_weights, timesteps_for
 
-SAMPLES = 64
+SAMPLES = 96
 BUDGET = 48
 _METRICS = ("path", "endpoint", "residual")
 # Every fourth sample is held out: it decides nothing and is looked at in the end.
@@ -73,7 +73,7 @@ def tune(
         weights: To try, as an axis.
         budget: The most settings that are measured.
         out: The folder to write; default: `outputs/NAME-tune`.
-        inputs: What is edited; default: the recipe's edits, repeated with new noise to 64.
+        inputs: What is edited; default: the recipe's edits, repeated with new noise to 96.
         device: As for `load_editor`; merges run there too.
         threads: Workers of a merge; None for the default.
         executor: Where settings are measured; None: in this process.
