@@ -87,16 +87,7 @@ class Editor:
         Raises:
             CheckpointError: diffusers has no such class, or it does not take these values.
         """
-        import diffusers
-
-        name = str(config.get("_class_name"))
-        try:
-            with warnings.catch_warnings():
-                # Of the libraries about one another.
-                warnings.simplefilter("ignore")
-                self.pipeline.scheduler = getattr(diffusers, name).from_config(dict(config))
-        except (AttributeError, TypeError, ValueError, ImportError) as error:
-            raise CheckpointError(f"the scheduler {name} does not load: {error}") from error
+        self.pipeline.scheduler = load_scheduler(config)
 
     def use_lcm(self) -> None:
         """Put LCMScheduler in place of another scheduler, with the same configuration."""
@@ -122,6 +113,27 @@ class Editor:
             # Only from pinned memory does the copy run beside the host.
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
+
+
+def load_scheduler(config: Mapping[str, Any]) -> Any:
+    """Return a scheduler of diffusers.
+
+    Args:
+        config: Contents of a `scheduler_config.json`, with its class.
+
+    Raises:
+        CheckpointError: diffusers has no such class, or it does not take these values.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name"))
+    try:
+        with warnings.catch_warnings():
+            # Of the libraries about one another.
+            warnings.simplefilter("ignore")
+            return getattr(diffusers, name).from_config(dict(config))
+    except (AttributeError, TypeError, ValueError, ImportError) as error:
+        raise CheckpointError(f"the scheduler {name} does not load: {error}") from error
 
 
 def load_editor(

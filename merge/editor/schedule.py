@@ -25,11 +25,13 @@ class Schedule(Protocol):
         timesteps: What the UNet is told, one per step, on the CPU.
         init_noise_sigma: What the first noise is multiplied by.
         noises: Tensors of noise that the steps take from outside.
+        has_answers: True where each step ends in a picture, which `answer` returns.
     """
 
     timesteps: torch.Tensor
     init_noise_sigma: float
     noises: int
+    has_answers: bool
 
     def scale(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """Return what the UNet of step `index` is given for these latents."""
@@ -98,8 +100,13 @@ def make_schedule(scheduler: Any, settings: EditSettings) -> Schedule:
         settings: Checked ones.
 
     Raises:
-        ImageError: explicit timesteps, and the scheduler takes none.
+        ImageError: explicit timesteps, and the scheduler takes none; or it is of another kind.
     """
+    if not hasattr(scheduler, "init_noise_sigma"):
+        raise ImageError(
+            f"{type(scheduler).__name__} is no scheduler of the kind that these models edit with",
+            hint="name another one, such as LCMScheduler or DDIMScheduler",
+        )
     scheduler = copy.deepcopy(scheduler)
     is_lcm = type(scheduler).__name__ == "LCMScheduler"
     arguments: dict[str, Any] = {"device": "cpu"}
@@ -142,6 +149,8 @@ class _LcmSchedule:
 
     Source: Luo et al., "Latent Consistency Models", 2023, algorithm 1; `LCMScheduler.step`.
     """
+
+    has_answers = True
 
     def __init__(self, scheduler: Any) -> None:
         self.timesteps: torch.Tensor = scheduler.timesteps
@@ -192,6 +201,8 @@ class _LcmSchedule:
 
 class _StockSchedule:
     """Any scheduler of diffusers by its own step."""
+
+    has_answers = False
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler

@@ -17,9 +17,9 @@ from merge.plan.memory import default_threads, peak_bytes
 from merge.plan.render import format_bytes
 from merge.run.prepare import PreparedRun
 from merge.sweep.bench import pictures_together
+from merge.sweep.counting import count_rows
 from merge.sweep.jobs import BenchSpec
 from merge.sweep.model import Cell
-from merge.sweep.session import count_rows
 
 # Of a merge, measured: bytes that are read, added and hashed in a second.
 _CPU_BYTES_PER_S, _GPU_BYTES_PER_S = 0.4e9, 1.5e9

@@ -11,6 +11,7 @@ guessed; DDIM, Song et al. 2020, solves it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +22,11 @@ import torch
 from merge.editor.denoise import GuidedModel
 from merge.editor.load import Editor
 from merge.editor.schedule import Noise, Schedule, draw_noise
-from merge.editor.settings import EditSettings
 from merge.errors import VerificationError
 
 # Of the ODE over all of the noise; a part of it takes its share, and never fewer than the least.
 ODE_STEPS = 16
 LEAST_ODE_STEPS = 4
-TRAINED_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +87,26 @@ def ode_grid(timestep: int, trained_steps: int) -> list[int]:
     return sorted({step for step in grid if step > 0}, reverse=True) or [timestep]
 
 
-def path_evaluations(settings: EditSettings) -> int:
-    """Return about how many times the target is evaluated for one path.
+def starts_of(schedule: Schedule, levels: NoiseLevels) -> list[int]:
+    """Return the timesteps from which the target leads to an end of its own.
 
-    For settings without timesteps those of a consistency model are taken.
+    A scheduler whose steps take no noise has one path, whatever the number of its steps.
     """
-    starts = settings.timesteps or [
-        round(TRAINED_STEPS * (1 - index / settings.steps)) for index in range(settings.steps)
-    ]
-    return sum(len(ode_grid(step, TRAINED_STEPS)) for step in starts)
+    timesteps = [min(round(float(t)), len(levels.alphas) - 1) for t in schedule.timesteps]
+    return timesteps[: 1 + schedule.noises]
 
 
 def draws_noise(schedule: Schedule) -> bool:
     """Return True for a scheduler whose steps draw noise of their own, by trying it."""
     zeros = torch.zeros(1, 4, 1, 1)
 
-    def last(seed: int) -> torch.Tensor:
-        drawn, generators = draw_noise([seed], (4, 1, 1), schedule)
-        noise = Noise(drawn[0], tuple(drawn[1:]), generators)
-        return schedule.step(0, zeros, zeros + 1, noise)
+    def first(seed: int) -> torch.Tensor:
+        # A schedule is good for one run: each step moves it on.
+        fresh = copy.deepcopy(schedule)
+        drawn, generators = draw_noise([seed], (4, 1, 1), fresh)
+        return fresh.step(0, zeros, zeros + 1, Noise(drawn[0], tuple(drawn[1:]), generators))
 
-    return schedule.noises == 0 and len(schedule.timesteps) > 1 and not last(0).equal(last(1))
+    return schedule.noises == 0 and not first(0).equal(first(1))
 
 
 def follow_path(
@@ -120,8 +118,6 @@ def follow_path(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each step begins with and where it leads, each `(steps, n, 4, h, w)` float32.
 
-    A scheduler whose steps take no noise has one path, whatever the number of its steps.
-
     Args:
         editor: With the target's weights.
         schedule: Of the few steps.
@@ -130,8 +126,7 @@ def follow_path(
         on_evaluation: Called each time the target was evaluated.
     """
     levels = NoiseLevels.of(editor.pipeline.scheduler)
-    timesteps = [min(round(float(t)), len(levels.alphas) - 1) for t in schedule.timesteps]
-    starts = timesteps[: 1 + schedule.noises]
+    starts = starts_of(schedule, levels)
     states, ends = [noise.first], []
     for index, timestep in enumerate(starts):
         ends.append(_solve(editor, levels, predict, states[-1], timestep, on_evaluation))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge.background.pool.model import Pool
 from merge.background.pool.shared import Shared
-from merge.editor.guidance import choose_rows
 from merge.errors import VerificationError
-from merge.json_files import canonical_bytes
-from merge.plan.export import exported_scheduler
 from merge.run.prepare import PreparedRun
 from merge.sweep.bench import make_bench
+from merge.sweep.counting import count_rows, evaluations, reference_key, scheduler_config_of
 from merge.sweep.jobs import (
     BenchSpec,
     Bytes,
@@ -31,8 +30,8 @@ from merge.sweep.jobs import (
 )
 from merge.sweep.measures import METRICS, check_finite
 from merge.sweep.model import Cell, Measured, ReferenceCost
-from merge.sweep.path import path_evaluations
 
+_LOG = logging.getLogger(__name__)
 # Samples of one job: enough for a batch, few enough to share out.
 _CHUNK_SAMPLES = 16
 
@@ -179,6 +178,7 @@ class Session:
             key = reference_key(cell, self._prepared(cell))
             if key not in self._references:
                 todo.setdefault(key, cell)
+        self._tell_of_noise(todo.values())
         numbers = itertools.count()
         jobs = [
             ReferenceJob(f"path {next(numbers)}", target_group(cell), cell, indices)
@@ -204,49 +204,16 @@ class Session:
         for key, references in found.items():
             self._references[key] = self.pool.share(references)
 
-
-def reference_key(cell: Cell, prepared: PreparedRun) -> bytes:
-    """Return what decides the target's own path for a cell: its noise and its timesteps."""
-    target = prepared.sources.target
-    settings = [
-        [s.steps, s.timesteps, s.original_inference_steps, s.resolution] for s in cell.settings
-    ]
-    return canonical_bytes(
-        [
-            cell.models,
-            exported_scheduler(cell.recipe, prepared.plan.family, target),
-            settings,
-            [sample.seed for sample in cell.samples],
-        ]
-    )
-
-
-def count_rows(
-    spec: BenchSpec,
-    cells: Sequence[Cell],
-    judged: Sequence[Cell],
-    known: Collection[bytes] = (),
-) -> int:
-    """Return the UNet rows that a grid takes, over all samples.
-
-    Args:
-        spec: What every worker knows.
-        cells: What is merged and edited with.
-        judged: Cells whose residual is measured.
-        known: Keys of the target's paths that are there already.
-    """
-    own, rows = int(choose_rows(*spec.guidance)), 0
-    paths = set(known)
-    follows = any(METRICS[name].needs_reference for name in spec.metrics)
-    for cell in cells:
-        for settings in cell.settings:
-            each = int(choose_rows(settings.guidance_scale, settings.image_guidance_scale))
-            takes = 2 if "endpoint" in spec.metrics else 1
-            rows += takes * each * settings.steps
-        key = reference_key(cell, spec.prepared[cell.models])
-        if follows and key not in paths:
-            paths.add(key)
-            rows += own * sum(path_evaluations(s) for s in cell.settings)
-    if "residual" in spec.metrics:
-        rows += own * sum(len(cell.samples) for cell in judged)
-    return rows
+    def _tell_of_noise(self, cells: Iterable[Cell]) -> None:
+        """Say which schedulers draw noise on the way, which no path of the target has."""
+        names = {
+            str(scheduler_config_of(cell, self._prepared(cell))["_class_name"])
+            for cell in cells
+            if evaluations(self.spec, cell, cell.settings[0]).draws
+        }
+        for name in sorted(names):
+            _LOG.warning(
+                "%s draws noise in its steps: the distance to the target's own path, which has "
+                "none, holds that noise too",
+                name,
+            )
