@@ -171,11 +171,16 @@ def _of(cell: Tree, key: str) -> Any:
 
 
 def _is_at(cell: Tree, setting: Tree, *, but: str = "") -> bool:
-    return all(
-        key == but or _of(cell, key) in (None, value)
-        for key, value in setting.items()
-        if value is not None
-    )
+    """Return True for a cell of a setting, whose values it has or all cells have."""
+    for key, value in setting.items():
+        if key == but:
+            continue
+        if key in cell["values"]:
+            if cell["values"][key] != value:
+                return False
+        elif value is not None and cell["settings"].get(key) not in (None, value):
+            return False
+    return True
 
 
 def _cell_at(cells: Iterable[Tree], setting: Tree | None) -> Tree | None:

@@ -247,10 +247,12 @@ class Search:
         value = math.exp(self.ranking.score(mine))
         return HeldOut(len(indices), what, value, neighbours)
 
-    def curves(self) -> tuple[Curve, ...]:
-        """Return every curve of at least three weights."""
+    def curves(self, guidance_scale: float) -> tuple[Curve, ...]:
+        """Return every curve of at least three weights at one guidance."""
         found: list[Curve] = []
         for setting in self.known:
+            if setting.guidance_scale != guidance_scale:
+                continue
             along = self.along(setting)
             weights = {weight: self.cells[s].index for weight, s in along.items()}
             if len(along) < 3 or setting.groups or any(c.cells == weights for c in found):

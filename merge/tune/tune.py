@@ -368,7 +368,9 @@ class _Work:
             overrides=() if chosen is None else (*asked.overrides, *chosen.overrides(asked.over)),
             ranking=search.ranking if search is not None else SCORE,
             picks=search.picks(scalar) if is_known and search and scalar else (),
-            curves=search.curves() if search is not None else (),
+            curves=search.curves(chosen.guidance_scale if chosen else 1.0)
+            if search is not None
+            else (),
             held_out=search.held_out(scalar, self.held, what)
             if is_known and search and scalar
             else None,

@@ -205,7 +205,7 @@ def test_groups_are_tried_one_after_the_other() -> None:
 def test_curves_are_told_once_each() -> None:
     search = search_of(bowl(0.7))
     search.run(BEFORE, ["weight", "guidance_scale"], 4)
-    curves = search.curves()
+    curves = search.curves(1.0)
     assert len({(c.guidance_scale, c.timesteps) for c in curves}) == len(curves)
     assert all(len(curve.cells) >= 3 for curve in curves)
     assert curves[0].best_weight == pytest.approx(0.7, abs=0.05)

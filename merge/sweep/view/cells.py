@@ -265,6 +265,6 @@ def _measure(metric: Tree, cell: Cell, tree: Tree) -> dict[str, Any]:
     values = [cell.of_sample(name, index) for index in range(len(tree["samples"]))]
     return {
         "title": metric["title"],
-        "mean": shown_number(cell.tree["metrics"][name]),
+        "mean": shown_number(cell.tree["metrics"].get(name)),
         "samples": [shown_number(value) for value in values],
     }

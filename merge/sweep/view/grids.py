@@ -95,7 +95,7 @@ def by_sample(
                 "cells": [
                     {
                         "cell": cell,
-                        "value": shown_number(own[cell.index]) if cell and metric else "",
+                        "value": _shown(own[cell.index]) if cell and metric else "",
                         "shade": own_shades.get(cell.index, "") if cell else "",
                     }
                     for cell in along
@@ -121,6 +121,11 @@ def by_sample(
         "columns": columns,
         "rows": rows,
     }
+
+
+def _shown(value: float | None) -> str:
+    """Return a number in words, and nothing where a metric has none for a sample."""
+    return "" if value is None else shown_number(value)
 
 
 def _shades(values: Mapping[int, float | None], metric: Tree | None) -> dict[int, str]:
