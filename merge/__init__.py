@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from merge.editor.settings import EditSettings
     from merge.errors import MergeError
     from merge.extract.extraction import extract_lora
+    from merge.grid.inputs import Inputs
+    from merge.grid.sweep import sweep
     from merge.plan.build import build_plan
     from merge.publication.publish import publish
     from merge.recipe.load import load_recipe
@@ -38,9 +40,7 @@ if TYPE_CHECKING:
     from merge.run.repetition import reproduce
     from merge.run.stages import run_recipe
     from merge.sources.resolve import resolve_sources
-    from merge.sweep.inputs import Inputs
-    from merge.sweep.sweep import sweep
-    from merge.tune.tune import tune
+    from merge.tuning.tune import tune
     from merge.verify.files import verify_files
     from merge.verify.folder import verify_folder
 
@@ -48,7 +48,7 @@ _HOMES = {
     "EditRequest": "merge.editor.result",
     "EditSettings": "merge.editor.settings",
     "ExecutorOptions": "merge.background.pool.options",
-    "Inputs": "merge.sweep.inputs",
+    "Inputs": "merge.grid.inputs",
     "MergeError": "merge.errors",
     "build_plan": "merge.plan.build",
     "convert": "merge.conversion.directions",
@@ -65,8 +65,8 @@ _HOMES = {
     "reproduce": "merge.run.repetition",
     "resolve_sources": "merge.sources.resolve",
     "run_recipe": "merge.run.stages",
-    "sweep": "merge.sweep.sweep",
-    "tune": "merge.tune.tune",
+    "sweep": "merge.grid.sweep",
+    "tune": "merge.tuning.tune",
     "verify_files": "merge.verify.files",
     "verify_folder": "merge.verify.folder",
 }

@@ -36,13 +36,13 @@ LAYERS = {
     "extract": 5,
     "publication": 5,
     "run": 6,
-    "sweep": 7,
-    "tune": 7,
+    "grid": 7,
+    "tuning": 7,
     "cli": 8,
     "__main__": 8,
     "__init__": 8,
 }
-TORCH_USERS = {"engine", "editor", "extract", "verify", "sweep"}
+TORCH_USERS = {"engine", "editor", "extract", "verify", "grid"}
 PRINTERS = {"cli", "__main__"}
 
 

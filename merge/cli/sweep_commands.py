@@ -76,9 +76,9 @@ def sweep_command(
     """
     silence_libraries(is_offline=False)
     from merge.background.pool.options import ExecutorOptions
-    from merge.sweep.inputs import Inputs
-    from merge.sweep.measures import DEFAULT
-    from merge.sweep.sweep import plan_sweep, sweep
+    from merge.grid.inputs import Inputs
+    from merge.grid.measures import DEFAULT
+    from merge.grid.sweep import plan_sweep, sweep
 
     inputs = Inputs(edits, images, instructions, samples)
     names = DEFAULT if metrics is None else metrics.replace(" ", "").split(",")

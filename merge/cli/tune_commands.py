@@ -80,8 +80,8 @@ def tune_command(
     """
     silence_libraries(is_offline=False)
     from merge.background.pool.options import ExecutorOptions
-    from merge.sweep.inputs import Inputs
-    from merge.tune.tune import plan_tune, tune
+    from merge.grid.inputs import Inputs
+    from merge.tuning.tune import plan_tune, tune
 
     inputs = Inputs(edits, images, instructions, samples)
     names = over.replace(" ", "").split(",")

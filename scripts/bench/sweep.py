@@ -20,10 +20,10 @@ from typing import Any
 from machine import machine_facts
 
 from merge import EditRequest, EditSettings, Inputs, edit_many, load_editor, load_recipe, run_recipe
-from merge.sweep.inputs import find_edits
-from merge.sweep.planning import CellPlanner
-from merge.sweep.sweep import sweep
-from merge.tune.tune import tune
+from merge.grid.inputs import find_edits
+from merge.grid.planning import CellPlanner
+from merge.grid.sweep import sweep
+from merge.tuning.tune import tune
 from merge.verify.drawings import draw_picture
 
 
@@ -94,7 +94,7 @@ def parts(
     arguments: argparse.Namespace, words: list[str], weight: float, folder: Path, inputs: Inputs
 ) -> dict[str, float]:
     """Time the merge of one cell as `run` does it, and its edits with a loaded model."""
-    from merge.sweep.axes import read_axes
+    from merge.grid.axes import read_axes
 
     _, plain = read_axes(words)
     recipe = load_recipe("demo", [*plain, f"weight={weight}", "allow_noop=true"])

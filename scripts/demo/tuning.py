@@ -26,9 +26,10 @@ from scoring import LARGE, MODELS, ROOT, SMALL, Result, Setting, draw_edits, sco
 from world import TEST_SEED
 
 from merge.errors import VerificationError
-from merge.sweep.inputs import Inputs
-from merge.sweep.statistics import PATH, RESIDUAL, SCORE, Ranking, Values
-from merge.tune.tune import SAMPLES, tune
+from merge.grid.inputs import Inputs
+from merge.grid.statistics import PATH, RESIDUAL, SCORE, Ranking, Values
+from merge.tuning.asked import SAMPLES
+from merge.tuning.tune import tune
 
 COUNT = 1_000
 SETS = (101, 102, 103)  # seeds of drawn edits; None: the recipe's own

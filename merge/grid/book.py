@@ -1,0 +1,190 @@
+"""What is known of the cells by now: each is written down before the next one is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge.background.pool.model import Pool
+from merge.background.workers import Workers
+from merge.grid.jobs import BenchSpec
+from merge.grid.model import Cell, Measured, ReferenceCost
+from merge.grid.record import SweepFolder, measured_of
+from merge.grid.session import CellNews, Session
+
+_LOG = logging.getLogger(__name__)
+_JUDGED = "residual"
+
+# stage, done, total; UNet rows while cells are measured
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Book:
+    """Keeps what was measured, and lets what is missing be measured.
+
+    Attributes:
+        place: Where it is written down.
+        spec: What every worker knows.
+        shown: Indices of the samples with pictures.
+        tell: Called with stage, done and total.
+        on_change: Called when a cell was added.
+        measured: Index of a cell to what was found.
+        sources: Index of a sample to the file of what the model saw.
+        references: Index of a sample to the file of the target's own picture.
+        cost: Of the target's own paths.
+        device: Kind of device and dtype.
+        expected_rows: UNet rows that are to come besides those of the cells at hand.
+    """
+
+    place: SweepFolder
+    spec: BenchSpec
+    shown: Sequence[int]
+    tell: Progress
+    on_change: Callable[[], Any] = lambda: None
+    measured: dict[int, Measured] = field(default_factory=dict)
+    sources: dict[int, str] = field(default_factory=dict)
+    references: dict[int, str] = field(default_factory=dict)
+    cost: ReferenceCost | None = None
+    device: str = ""
+    expected_rows: int = 0
+    _session: Session | None = None
+    _kept: dict[tuple[str, ...], Measured] = field(default_factory=dict)
+    _kept_latents: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _rows: int = 0
+    _total: int = 0
+
+    @property
+    def is_judged(self) -> bool:
+        """Return True where the target says what it would change of each result."""
+        return _JUDGED in self.spec.metrics
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Take over what an interrupted run wrote down.
+
+        Args:
+            kept: Contents of its JSON.
+        """
+        self.device = str(kept.get("device", ""))
+        if kept.get("reference"):
+            self.cost = ReferenceCost(**kept["reference"])
+        for tree in kept.get("cells", ()):
+            if not tree["problem"]:
+                self._kept[tuple(tree["words"])] = measured_of(tree)
+                self._kept_latents[tuple(tree["words"])] = tree["index"]
+        for index, sample in enumerate(kept.get("samples", ())):
+            for mine, name in ((self.sources, "source"), (self.references, "reference")):
+                if sample[name] is not None:
+                    mine[index] = sample[name]
+
+    def take_kept(self, cells: Sequence[Cell]) -> int:
+        """Enter the cells that were kept; return how many."""
+        count = 0
+        for cell in cells:
+            kept = self._kept.get(cell.words)
+            if kept is None or kept.digest != cell.digest:
+                continue
+            has_latents = (
+                self._kept_latents[cell.words] == cell.index
+                and self.place.read_latents(cell.index) is not None
+            )
+            if self.is_judged and _JUDGED not in kept.values and not has_latents:
+                continue
+            self.measured[cell.index] = kept
+            count += 1
+        return count
+
+    def measure(self, pool: Pool, cells: Sequence[Cell]) -> None:
+        """Measure what is missing of these cells.
+
+        Args:
+            pool: Of the workers.
+            cells: With indices of their own among all cells of the book.
+
+        Raises:
+            MergeError: nothing can be measured at all.
+        """
+        if count := self.take_kept([c for c in cells if c.index not in self.measured]):
+            _LOG.info("%d cells are kept", count)
+        todo = [cell for cell in cells if cell.index not in self.measured]
+        unjudged = [cell for cell in cells if self._is_unjudged(cell)]
+        if not todo and not unjudged:
+            return
+        if self._session is None:
+            self._session = Session(pool, self.spec, self._count)
+        session = self._session
+        rows = session.rows_of(todo, unjudged)
+        self._total = self._rows + max(rows, self.expected_rows)
+        self._count(0)
+        pictures = Workers(1, "pictures")
+        try:
+            session.measure(todo, self.shown, lambda news: self._keep(news, pictures))
+        finally:
+            pictures.end()
+        if self.is_judged:
+            self._judge([cell for cell in cells if self._is_unjudged(cell)])
+        self.cost = session.cost or self.cost
+
+    def _is_unjudged(self, cell: Cell) -> bool:
+        found = self.measured.get(cell.index)
+        if found is None or found.problem:
+            return found is None and self.is_judged
+        return self.is_judged and _JUDGED not in found.values
+
+    def _count(self, rows: int) -> None:
+        self._rows += rows
+        self._total = max(self._total, self._rows)
+        self.tell("sweep", self._rows, self._total)
+
+    def _keep(self, news: CellNews, pictures: Workers) -> None:
+        """Write a cell down: its latents and pictures first, then its line."""
+        assert self._session is not None
+        index, started = news.cell.index, time.perf_counter()
+        if news.latents and self.is_judged:
+            self.place.write_latents(index, news.latents)
+        self._keep_sources(self._session)
+        futures = [
+            pictures.submit(self.place.write_picture, f"{index:03d}-{sample:03d}", picture)
+            for sample, picture in sorted(news.pictures.items())
+        ]
+        written = tuple(future.result() for future in futures)
+        seconds = dict(news.measured.seconds)
+        if seconds:
+            seconds["write"] = time.perf_counter() - started
+        self.device = self._session.device or self.device
+        self.measured[index] = dataclasses.replace(news.measured, pictures=written, seconds=seconds)
+        if news.measured.problem:
+            _LOG.warning("%s: %s", " ".join(news.cell.words), news.measured.problem)
+        self.on_change()
+
+    def _keep_sources(self, session: Session) -> None:
+        found = (
+            ("source", self.sources, session.sources),
+            ("reference", self.references, session.pictures),
+        )
+        for kind, names, pictures in found:
+            for index in self.shown:
+                if index in pictures and index not in names:
+                    names[index] = self.place.write_picture(f"{kind}-{index:03d}", pictures[index])
+
+    def _judge(self, cells: Sequence[Cell]) -> None:
+        """Let the target say what it would change of these cells' results."""
+        assert self._session is not None
+        latents = {}
+        for cell in cells:
+            found = self.place.read_latents(cell.index)
+            if found is not None:
+                latents[cell.index] = found
+
+        def take(cell: Cell, values: tuple[float | None, ...]) -> None:
+            measured = self.measured[cell.index]
+            self.measured[cell.index] = dataclasses.replace(
+                measured, values={**measured.values, _JUDGED: values}
+            )
+
+        self._session.residuals(latents, [c for c in cells if c.index in latents], take)
+        self.on_change()
