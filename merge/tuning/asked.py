@@ -17,7 +17,7 @@ from merge.recipe.load import override_recipe
 from merge.recipe.schema import Recipe
 from merge.tuning.settings import Setting, check_over, read_weights, timesteps_for
 
-SAMPLES = 96
+SAMPLES = 128
 _METRICS = ("path", "endpoint", "residual")
 
 

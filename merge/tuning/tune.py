@@ -68,7 +68,7 @@ def tune(
         weights: To try, as an axis.
         budget: The most settings that are measured.
         out: The folder to write; default: `outputs/NAME-tune`.
-        inputs: What is edited; default: the recipe's edits, repeated with new noise to 96.
+        inputs: What is edited; default: the recipe's edits, repeated with new noise to 128.
         device: As for `load_editor`; merges run there too.
         threads: Workers of a merge; None for the default.
         executor: Where settings are measured; None: in this process.
