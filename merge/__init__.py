@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from merge.errors import MergeError
     from merge.extract.extraction import extract_lora
     from merge.grid.inputs import Inputs
+    from merge.grid.model import SweepResult
     from merge.grid.sweep import sweep
     from merge.plan.build import build_plan
     from merge.publication.publish import publish
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from merge.run.repetition import reproduce
     from merge.run.stages import run_recipe
     from merge.sources.resolve import resolve_sources
+    from merge.tuning.model import TuneResult
     from merge.tuning.tune import tune
     from merge.verify.files import verify_files
     from merge.verify.folder import verify_folder
@@ -50,6 +52,8 @@ _HOMES = {
     "ExecutorOptions": "merge.background.pool.options",
     "Inputs": "merge.grid.inputs",
     "MergeError": "merge.errors",
+    "SweepResult": "merge.grid.model",
+    "TuneResult": "merge.tuning.model",
     "build_plan": "merge.plan.build",
     "convert": "merge.conversion.directions",
     "edit": "merge.editor.batches",
@@ -77,6 +81,8 @@ __all__ = [
     "ExecutorOptions",
     "Inputs",
     "MergeError",
+    "SweepResult",
+    "TuneResult",
     "__version__",
     "build_plan",
     "convert",

@@ -3,8 +3,9 @@
     python scripts/demo/tuning.py            # TUNING.md and tuning.json
 
 For models of both sizes, a full delta and a LoRA: in four steps on three sets of edits, each drawn
-anew, and on the recipe's own; in two steps on one set. The exact score is that of 1,000 other edits. A rank
-correlation is over the weights 0, 0.25 and on to 1.5; its interval is over the samples of a set.
+anew, and on the recipe's own; in two steps on one set. The exact score is that of 1,000 other
+edits. A rank correlation is over the weights 0, 0.25 and on to 1.5; its interval is over the
+samples of a set.
 """
 
 from __future__ import annotations
