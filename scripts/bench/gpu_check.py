@@ -27,6 +27,7 @@ BENCHMARKS = {
         *("scripts/bench/edit.py", "--device", "cuda", "--dtype", "float16"),
         *("--width", "320", "--size", "512", "--compile"),
     ],
+    "sweep": ["scripts/bench/sweep.py", "--device", "cuda", "--tune"],
 }
 _MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 _COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error)")

@@ -469,7 +469,9 @@ def test_every_stage_has_words_or_is_silent_on_purpose() -> None:
 
     package = Path(merge.__file__).parent
     pattern = re.compile(r"(?:progress|bars|tell)\(\s*\"(\w+)\"")
-    told = {name for path in package.rglob("*.py") for name in pattern.findall(path.read_text())}
+    # What a pool's processes tell one another is no stage.
+    files = [path for path in package.rglob("*.py") if path.parent.name != "pool"]
+    told = {name for path in files for name in pattern.findall(path.read_text())}
     assert {"merge", "verify", "resolve", "convert"} <= told
     assert told == {*_STAGE_WORDS, *_SILENT_STAGES}
 

@@ -201,6 +201,6 @@ def test_a_dry_run_writes_nothing(
 def test_a_lock_and_a_recipe_object_are_tuned_too(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="name at least one edit|nothing to edit"):
         tune(load_recipe("demo", WORDS), inputs=Inputs(edits=()), out=tmp_path / "out")
+    words = [*WORDS[:2], f"models.target.path={SMALL / 'target' / 'unet'}"]
     with pytest.raises(VerificationError, match="without a pipeline, which cannot edit"):
-        words = [*WORDS[:2], f"models.target.path={SMALL / 'target' / 'unet'}"]
         tune("demo", words, out=tmp_path / "out", **OPTIONS)
