@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -99,6 +100,12 @@ class SweepFolder:
             for name in (IMAGES_NAME, WORK_NAME):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         return kept
+
+    def discard(self) -> None:
+        """Remove a folder in which nothing was measured, so that it is in no one's way."""
+        self._empty()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _empty(self) -> None:
         """Remove what an earlier sweep wrote, and nothing else."""

@@ -150,7 +150,9 @@ def _told(work: _Work) -> Iterator[None]:
         yield
     except BaseException as error:
         done = len(work.book.measured)
-        if not isinstance(error, Exception) and done:
+        if not done:
+            work.book.place.discard()
+        elif not isinstance(error, Exception):
             error.add_note(f"{work.book.place.folder} keeps {done} settings")
         raise
 
