@@ -204,7 +204,9 @@ def _told(work: _Work) -> Iterator[None]:
         yield
     except BaseException as error:
         done = len(work.book.measured)
-        if not isinstance(error, Exception) and done:
+        if not done:
+            work.book.place.discard()
+        elif not isinstance(error, Exception):
             work.write_page()
             error.add_note(f"{work.book.place.folder} keeps {done} of {len(work.cells)} cells")
         raise
@@ -237,6 +239,7 @@ class _Work:
             best,
             book.cost,
             book.device,
+            book.is_whole(self.cells),
             notes,
         )
 
