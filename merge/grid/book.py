@@ -11,13 +11,17 @@ from typing import Any
 
 from merge.background.pool.model import Pool
 from merge.background.workers import Workers
+from merge.errors import VerificationError
+from merge.grid.counting import needs_paths, path_rows, reference_key
 from merge.grid.jobs import BenchSpec
+from merge.grid.measures import check_finite
 from merge.grid.model import Cell, Measured, ReferenceCost
-from merge.grid.record import SweepFolder, measured_of
+from merge.grid.record import SweepFolder, measured_of, rounded
 from merge.grid.session import CellNews, Session
 
 _LOG = logging.getLogger(__name__)
 _JUDGED = "residual"
+Values = Mapping[str, tuple[float | None, ...]]
 
 # stage, done, total; UNet rows while cells are measured
 Progress = Callable[[str, int, int], None]
@@ -55,6 +59,8 @@ class Book:
     _session: Session | None = None
     _kept: dict[tuple[str, ...], Measured] = field(default_factory=dict)
     _kept_latents: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _paths: dict[bytes, int] = field(default_factory=dict)
+    _seconds: float = 0.0
     _rows: int = 0
     _total: int = 0
 
@@ -72,6 +78,7 @@ class Book:
         self.device = str(kept.get("device", ""))
         if kept.get("reference"):
             self.cost = ReferenceCost(**kept["reference"])
+            self._seconds = self.cost.seconds
         for tree in kept.get("cells", ()):
             if not tree["problem"]:
                 self._kept[tuple(tree["words"])] = measured_of(tree)
@@ -88,15 +95,19 @@ class Book:
             kept = self._kept.get(cell.words)
             if kept is None or kept.digest != cell.digest:
                 continue
-            has_latents = (
-                self._kept_latents[cell.words] == cell.index
-                and self.place.read_latents(cell.index) is not None
-            )
-            if self.is_judged and _JUDGED not in kept.values and not has_latents:
+            if self.is_judged and _JUDGED not in kept.values and not self._has_latents(cell):
                 continue
             self.measured[cell.index] = kept
             count += 1
         return count
+
+    def _has_latents(self, cell: Cell) -> bool:
+        is_same = self._kept_latents[cell.words] == cell.index
+        return is_same and self.place.read_latents(cell.index) is not None
+
+    def is_whole(self, cells: Sequence[Cell]) -> bool:
+        """Return True when nothing is missing of these cells."""
+        return all(c.index in self.measured and not self._is_unjudged(c) for c in cells)
 
     def measure(self, pool: Pool, cells: Sequence[Cell]) -> None:
         """Measure what is missing of these cells.
@@ -118,6 +129,10 @@ class Book:
             self._session = Session(pool, self.spec, self._count)
         session = self._session
         rows = session.rows_of(todo, unjudged)
+        if needs_paths(self.spec):
+            for cell in cells:
+                key = reference_key(cell, self.spec.prepared[cell.models])
+                self._paths[key] = path_rows(self.spec, cell)
         self._total = self._rows + max(rows, self.expected_rows)
         self._count(0)
         pictures = Workers(1, "pictures")
@@ -127,7 +142,6 @@ class Book:
             pictures.end()
         if self.is_judged:
             self._judge([cell for cell in cells if self._is_unjudged(cell)])
-        self.cost = session.cost or self.cost
 
     def _is_unjudged(self, cell: Cell) -> bool:
         found = self.measured.get(cell.index)
@@ -156,7 +170,14 @@ class Book:
         if seconds:
             seconds["write"] = time.perf_counter() - started
         self.device = self._session.device or self.device
-        self.measured[index] = dataclasses.replace(news.measured, pictures=written, seconds=seconds)
+        if self._paths:
+            seconds_in_all = self._seconds + self._session.seconds
+            self.cost = ReferenceCost(
+                *self.spec.guidance, sum(self._paths.values()), seconds_in_all
+            )
+        self.measured[index] = dataclasses.replace(
+            news.measured, values=_rounded(news.measured.values), pictures=written, seconds=seconds
+        )
         if news.measured.problem:
             _LOG.warning("%s: %s", " ".join(news.cell.words), news.measured.problem)
         self.on_change()
@@ -182,9 +203,19 @@ class Book:
 
         def take(cell: Cell, values: tuple[float | None, ...]) -> None:
             measured = self.measured[cell.index]
-            self.measured[cell.index] = dataclasses.replace(
-                measured, values={**measured.values, _JUDGED: values}
-            )
+            try:
+                check_finite({_JUDGED: values}, " ".join(cell.words))
+            except VerificationError as error:
+                measured = dataclasses.replace(measured, values={}, problem=error.message)
+            else:
+                found = {**measured.values, **_rounded({_JUDGED: values})}
+                measured = dataclasses.replace(measured, values=found)
+            self.measured[cell.index] = measured
+            self.on_change()
 
         self._session.residuals(latents, [c for c in cells if c.index in latents], take)
-        self.on_change()
+
+
+def _rounded(values: Values) -> Values:
+    """Return values as they are written down: a cell that was kept has no others."""
+    return {name: tuple(map(rounded, found)) for name, found in values.items()}

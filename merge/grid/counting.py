@@ -58,20 +58,29 @@ def count_rows(
     """
     own, rows = int(choose_rows(*spec.guidance)), 0
     paths = set(known)
-    follows = any(METRICS[name].needs_reference for name in spec.metrics)
     for cell in cells:
-        prepared = spec.prepared[cell.models]
-        key = reference_key(cell, prepared)
-        has_path = follows and key not in paths
-        paths.add(key)
+        key = reference_key(cell, spec.prepared[cell.models])
+        if needs_paths(spec) and key not in paths:
+            paths.add(key)
+            rows += path_rows(spec, cell)
         for settings in cell.settings:
             each = int(choose_rows(settings.guidance_scale, settings.image_guidance_scale))
             found = evaluations(spec, cell, settings)
             rows += each * (found.edit + (found.answers if "endpoint" in spec.metrics else 0))
-            rows += own * found.path if has_path else 0
     if "residual" in spec.metrics:
         rows += own * sum(len(cell.samples) for cell in judged)
     return rows
+
+
+def needs_paths(spec: BenchSpec) -> bool:
+    """Return True when a metric needs the target's own path."""
+    return any(METRICS[name].needs_reference for name in spec.metrics)
+
+
+def path_rows(spec: BenchSpec, cell: Cell) -> int:
+    """Return the UNet rows of the target's own path for a cell, over all samples."""
+    own = int(choose_rows(*spec.guidance))
+    return own * sum(evaluations(spec, cell, settings).path for settings in cell.settings)
 
 
 def reference_key(cell: Cell, prepared: PreparedRun) -> bytes:
@@ -100,7 +109,7 @@ def evaluations(spec: BenchSpec, cell: Cell, settings: EditSettings) -> Evaluati
         MergeError: the scheduler cannot do what is asked of it.
     """
     config = json.dumps(scheduler_config_of(cell, spec.prepared[cell.models]), sort_keys=True)
-    needs_levels = any(name == "residual" or METRICS[name].needs_reference for name in spec.metrics)
+    needs_levels = needs_paths(spec) or "residual" in spec.metrics
     return _evaluations(config, dataclasses.replace(settings, seed=0), needs_levels)
 
 

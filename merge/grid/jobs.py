@@ -84,7 +84,7 @@ class CellJob:
 
     Attributes:
         key: Unique.
-        group: The digest of its weights.
+        group: Which models, and the digest of its weights.
         cell: What.
         references: Index of a sample to the target's answers, shared; None where no metric asks.
         shown: Indices of the samples whose pictures are wanted.

@@ -230,6 +230,20 @@ def check_finite(values: Values, where: str) -> None:
                 )
 
 
+def check_latents(latents: Sequence[Any], where: str) -> None:
+    """Refuse edits that came to no numbers: a picture of them is black, and measures as one.
+
+    Raises:
+        VerificationError: naming the sample.
+    """
+    for index, found in enumerate(latents):
+        if not np.isfinite(found).all():
+            raise VerificationError(
+                f"{where}: the latents of sample {index} are not finite numbers",
+                hint="the weight is far too large, or the device's dtype is too small",
+            )
+
+
 def _right(result: EditResult, sample: Sample) -> float | None:
     """Return 1 for an edit that is near to a known answer, 0 for another; None: none is known."""
     edit = sample.edit

@@ -130,6 +130,7 @@ class SweepResult:
         best: None where nothing tells the cells apart.
         reference: None where no metric needed one.
         device: Kind of device and dtype.
+        is_complete: True when every cell was measured.
         notes: What a reader has to know.
     """
 
@@ -143,12 +144,8 @@ class SweepResult:
     best: Best | None
     reference: ReferenceCost | None
     device: str
+    is_complete: bool
     notes: tuple[str, ...] = ()
-
-    @property
-    def is_complete(self) -> bool:
-        """Return True when every cell was measured."""
-        return len(self.measured) == len(self.cells)
 
     @property
     def lines(self) -> tuple[str, ...]:

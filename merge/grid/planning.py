@@ -128,7 +128,9 @@ class CellPlanner:
         tree = dataclasses.asdict(recipe)
         for name in ("verify", "scheduler", "output"):
             del tree[name]
-        key = models, canonical_bytes(tree)
+        # But all models have to predict the same.
+        predicts = recipe.scheduler.config.get("prediction_type")
+        key = models, canonical_bytes([tree, predicts])
         if key not in self._digests:
             try:
                 self._digests[key] = self.prepared[models].with_recipe(recipe).digest

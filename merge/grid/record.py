@@ -6,7 +6,9 @@ import contextlib
 import csv
 import io
 import math
+import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ SWEEP_VERSION = 1
 JSON_NAME, TABLE_NAME, PAGE_NAME = "sweep.json", "sweep.csv", "sweep.html"
 IMAGES_NAME, WORK_NAME = "images", "work"
 _SUFFIX = ".png"
+_PICTURE = re.compile(r"(\d{3,}|source|reference)-\d{3,}")
 
 
 class SweepFolder:
@@ -110,10 +113,14 @@ class SweepFolder:
     def _empty(self) -> None:
         """Remove what an earlier sweep wrote, and nothing else."""
         with write_errors(self.folder):
-            for name in (IMAGES_NAME, WORK_NAME):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            for path in self.folder.glob(f"{Path(self.json_name).stem}.*"):
-                path.unlink()
+            shutil.rmtree(self.folder / WORK_NAME, ignore_errors=True)
+            images = self.folder / IMAGES_NAME
+            pictures = [p for p in images.glob(f"*{_SUFFIX}") if _PICTURE.fullmatch(p.stem)]
+            record = self.folder / self.json_name
+            for path in [*pictures, *map(record.with_suffix, (".json", ".csv", ".html"))]:
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                images.rmdir()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that its name stands for all of it."""
@@ -138,11 +145,17 @@ class SweepFolder:
         try:
             with np.load(self._latents(cell)) as file:
                 return tuple(file[f"arr_{index}"] for index in range(len(file.files)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
     def _latents(self, cell: int) -> Path:
         return self.folder / WORK_NAME / f"{cell:03d}.npz"
+
+    def discard(self) -> None:
+        """Remove everything, where nothing came of it."""
+        self._empty()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def clean(self) -> None:
         """Remove what only a resumed sweep needs."""
@@ -174,9 +187,9 @@ def cell_tree(cell: Cell, measured: Measured, source: str) -> dict[str, Any]:
             "timesteps": None if settings.timesteps is None else list(settings.timesteps),
         },
         "metrics": means_of(measured),
-        "samples": {name: [*map(_rounded, found)] for name, found in measured.values.items()},
+        "samples": {name: [*map(rounded, found)] for name, found in measured.values.items()},
         "pictures": list(measured.pictures),
-        "unet_rows": _rounded(measured.unet_rows),
+        "unet_rows": rounded(measured.unet_rows),
         "seconds": {name: round(value, 3) for name, value in measured.seconds.items()},
         "problem": measured.problem,
     }
@@ -184,10 +197,10 @@ def cell_tree(cell: Cell, measured: Measured, source: str) -> dict[str, Any]:
 
 def means_of(measured: Measured) -> dict[str, float | None]:
     """Return every metric of a cell, with what ranks it where no answers are known."""
-    means = {name: _rounded(measured.mean(name)) for name in measured.values}
+    means = {name: rounded(measured.mean(name)) for name in measured.values}
     for ranking in (SCORE, PATH_SCORE):
         if measured.values and ranking.can_rank(measured.values):
-            return {**means, ranking.name: _rounded(math.exp(ranking.score(measured.values)))}
+            return {**means, ranking.name: rounded(math.exp(ranking.score(measured.values)))}
     return means
 
 
@@ -341,7 +354,7 @@ def _axis_values(cells: Sequence[Cell], key: str) -> list[Any]:
     return found
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
     """Return a number to seven digits: more differ from one device to the next."""
     return None if value is None else float(f"{value:.7g}")
 

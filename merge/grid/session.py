@@ -12,7 +12,13 @@ from merge.background.pool.model import Pool
 from merge.background.pool.shared import Shared
 from merge.errors import VerificationError
 from merge.grid.bench import make_bench
-from merge.grid.counting import count_rows, evaluations, reference_key, scheduler_config_of
+from merge.grid.counting import (
+    count_rows,
+    evaluations,
+    needs_paths,
+    reference_key,
+    scheduler_config_of,
+)
 from merge.grid.jobs import (
     BenchSpec,
     Bytes,
@@ -27,8 +33,8 @@ from merge.grid.jobs import (
     chunks,
     target_group,
 )
-from merge.grid.measures import METRICS, check_finite
-from merge.grid.model import Cell, Measured, ReferenceCost
+from merge.grid.measures import check_finite, check_latents
+from merge.grid.model import Cell, Measured
 from merge.run.prepare import PreparedRun
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +67,7 @@ class Session:
         pool: Of the workers.
         spec: What every worker knows.
         on_rows: Told the UNet rows that were evaluated since the last call.
-        cost: Of the target's own paths so far.
+        seconds: That the target's own paths took so far.
         sources: Index of a sample to the picture that the model sees.
         pictures: Index of a sample to the target's own picture of it.
         device: Kind of device and dtype; empty before the first cell.
@@ -70,16 +76,11 @@ class Session:
     pool: Pool
     spec: BenchSpec
     on_rows: Callable[[int], None]
-    cost: ReferenceCost | None = None
+    seconds: float = 0.0
     sources: dict[int, Bytes] = field(default_factory=dict)
     pictures: dict[int, Bytes] = field(default_factory=dict)
     device: str = ""
     _references: dict[bytes, Shared] = field(default_factory=dict)
-
-    @property
-    def follows_path(self) -> bool:
-        """Return True when a metric needs the target's own path."""
-        return any(METRICS[name].needs_reference for name in self.spec.metrics)
 
     def measure(
         self, cells: Sequence[Cell], shown: Sequence[int], on_cell: Callable[[CellNews], None]
@@ -96,19 +97,21 @@ class Session:
         Raises:
             MergeError: nothing can be measured at all.
         """
-        if self.follows_path:
+        follows_path = needs_paths(self.spec)
+        if follows_path:
             self._follow_paths(cells)
         jobs = [
             CellJob(
                 f"cell {cell.index}",
-                cell.digest,
+                f"{cell.models} {cell.digest}",
                 cell,
                 self._references[reference_key(cell, self._prepared(cell))]
-                if self.follows_path
+                if follows_path
                 else None,
                 tuple(shown),
             )
-            for cell in cells
+            # Models that are no others than before need not be loaded.
+            for cell in sorted(cells, key=lambda cell: cell.models)
         ]
 
         def take(job: CellJob, found: CellFound | CellFailed) -> None:
@@ -166,6 +169,7 @@ class Session:
         )
         try:
             check_finite(dict(found.values), " ".join(cell.words))
+            check_latents(found.latents, " ".join(cell.words))
         except VerificationError as error:
             measured = dataclasses.replace(measured, values={}, problem=error.message)
             return CellNews(cell, measured, found.pictures, ())
@@ -193,12 +197,7 @@ class Session:
             for mine, theirs in ((self.sources, result.sources), (self.pictures, result.pictures)):
                 for index, picture in theirs.items():
                     mine.setdefault(index, picture)
-            before = self.cost
-            self.cost = ReferenceCost(
-                *self.spec.guidance,
-                (before.unet_rows if before else 0) + result.unet_rows,
-                (before.seconds if before else 0.0) + result.seconds,
-            )
+            self.seconds += result.seconds
 
         self.pool.run_jobs(make_bench, self.spec, jobs, on_result=take, on_progress=self.on_rows)
         for key, references in found.items():

@@ -239,6 +239,7 @@ class _Work:
             best,
             book.cost,
             book.device,
+            book.is_whole(self.cells),
             notes,
         )
 

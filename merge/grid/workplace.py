@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from merge._version import __version__
 from merge.background.pool.model import Pool
 from merge.background.pool.open import open_pool
 from merge.background.pool.options import ExecutorOptions
+from merge.grid.counting import scheduler_config_of
 from merge.grid.jobs import BenchSpec
 from merge.grid.model import Cell
 from merge.json_files import canonical_bytes
@@ -33,20 +35,31 @@ def make_pool(options: ExecutorOptions, spec: BenchSpec) -> Pool:
 
 def facts_of(spec: BenchSpec, cells: Sequence[Cell]) -> dict[str, str]:
     """Return what decides the numbers of a grid, in words, each to a digest of it."""
+    read: dict[Path, str] = {}
+
+    def picture(path: Path) -> str:
+        if path not in read:
+            read[path] = _digest(path.read_bytes())
+        return read[path]
+
     samples = [
         [
             sample.seed,
             sample.edit.instruction,
-            "" if sample.edit.image is None else _digest(sample.edit.image.read_bytes()),
-            sample.edit.drawing,
+            sample.edit.before_caption,
+            sample.edit.after_caption,
+            sample.edit.drawing if sample.edit.image is None else picture(sample.edit.image),
+            [*map(picture, sample.edit.expected), sample.edit.expected_limit],
         ]
         for sample in cells[0].samples
     ]
+    schedulers = [scheduler_config_of(cell, spec.prepared[cell.models]) for cell in cells]
     return {
         "the tool's version": __version__,
         "the grid": _digest([list(cell.words) for cell in cells]),
         "the recipe or an input": _digest([cell.digest for cell in cells]),
         "the edits": _digest(samples),
+        "the scheduler": _digest(schedulers),
         "their settings": _digest(
             [[_setting(s) for s in map(dataclasses.asdict, cell.settings)] for cell in cells]
         ),
