@@ -39,11 +39,15 @@ class SweepFolder:
     Attributes:
         folder: Where.
         json_name: Of the file that says what is finished.
+        others: Files that are written beside it under names of their own.
     """
 
-    def __init__(self, folder: Path, json_name: str = JSON_NAME) -> None:
+    def __init__(
+        self, folder: Path, json_name: str = JSON_NAME, others: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.json_name = json_name
+        self.others = tuple(others)
 
     def check(self, *, overwrite: bool, resume: bool) -> dict[str, Any]:
         """Return what an earlier sweep wrote there; empty where there is nothing.
@@ -117,7 +121,8 @@ class SweepFolder:
             images = self.folder / IMAGES_NAME
             pictures = [p for p in images.glob(f"*{_SUFFIX}") if _PICTURE.fullmatch(p.stem)]
             record = self.folder / self.json_name
-            for path in [*pictures, *map(record.with_suffix, (".json", ".csv", ".html"))]:
+            tables = [record.with_suffix(suffix) for suffix in (".json", ".csv", ".html")]
+            for path in [*pictures, *tables, *(self.folder / name for name in self.others)]:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 images.rmdir()
@@ -150,12 +155,6 @@ class SweepFolder:
 
     def _latents(self, cell: int) -> Path:
         return self.folder / WORK_NAME / f"{cell:03d}.npz"
-
-    def discard(self) -> None:
-        """Remove everything, where nothing came of it."""
-        self._empty()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def clean(self) -> None:
         """Remove what only a resumed sweep needs."""

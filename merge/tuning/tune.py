@@ -90,7 +90,9 @@ def tune(
         recipe, overrides, over, steps, weights, inputs or Inputs(), on_progress, is_dry=False
     )
     place = SweepFolder(
-        Path(out) if out is not None else Path("outputs") / f"{asked.recipe.name}-tune", JSON_NAME
+        Path(out) if out is not None else Path("outputs") / f"{asked.recipe.name}-tune",
+        JSON_NAME,
+        [RECIPE_NAME],
     )
     place.check(overwrite=overwrite, resume=resume)
     (before,) = asked.planner.plan([asked.before.grid])
