@@ -162,18 +162,20 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_every_public_function_has_a_docstring() -> None:
     missing = []
     for path in module_files():
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        nested = _nested(tree)
+        for node in ast.walk(tree):
             kinds = (ast.FunctionDef, ast.ClassDef)
             if isinstance(node, kinds) and not node.name.startswith("_"):
-                nested = isinstance(node, ast.FunctionDef) and node.name in _nested(path)
-                if not ast.get_docstring(node) and not nested:
+                is_nested = isinstance(node, ast.FunctionDef) and node.name in nested
+                if not ast.get_docstring(node) and not is_nested:
                     missing.append(f"{path.name}:{node.name}")
     assert missing == []
 
 
-def _nested(path: Path) -> set[str]:
+def _nested(tree: ast.Module) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             names |= {
                 child.name
