@@ -148,7 +148,7 @@ class SweepFolder:
     def read_latents(self, cell: int) -> tuple[Floats, ...] | None:
         """Return what was kept; None where it is gone."""
         try:
-            with np.load(self._latents(cell)) as file:
+            with self._latents(cell).open("rb") as opened, np.load(opened) as file:
                 return tuple(file[f"arr_{index}"] for index in range(len(file.files)))
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
