@@ -110,5 +110,6 @@ class Asked:
         if "guidance_scale" in self.over:
             found += [Setting(w, g, before.timesteps) for g in (1.0, 1.5, 2.0) for w in around]
         if "weight" in self.over:
-            found.append(Setting(0.123, 1.0, before.timesteps))
+            # Around the bottom of the curve, wherever that is.
+            found += [Setting(w, 1.0, before.timesteps) for w in (0.123, 0.234, 0.345, 0.456)]
         return list(dict.fromkeys(found))
