@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from merge.errors import CheckpointError, OutputExistsError, ResumeError
 from merge.grid.jobs import Bytes, Floats
 from merge.grid.measures import METRICS
 from merge.grid.model import Cell, Measured, Sample, SweepResult
-from merge.grid.statistics import PATH_SCORE, SCORE
+from merge.grid.statistics import PATH_SCORE, SCORE, Ranking
 from merge.json_files import json_bytes, read_json
 from merge.writer.file import replacement, write_atomically
 from merge.writer.tensors import write_errors
@@ -161,13 +161,14 @@ class SweepFolder:
         shutil.rmtree(self.folder / WORK_NAME, ignore_errors=True)
 
 
-def cell_tree(cell: Cell, measured: Measured, source: str) -> dict[str, Any]:
+def cell_tree(cell: Cell, measured: Measured, source: str, score: Ranking | None) -> dict[str, Any]:
     """Return a cell as JSON has it.
 
     Args:
         cell: Which.
         measured: What was found.
         source: The recipe as it was named.
+        score: What ranks it beside the others.
     """
     settings = cell.settings[0]
     return {
@@ -185,7 +186,7 @@ def cell_tree(cell: Cell, measured: Measured, source: str) -> dict[str, Any]:
             "resolution": settings.resolution,
             "timesteps": None if settings.timesteps is None else list(settings.timesteps),
         },
-        "metrics": means_of(measured),
+        "metrics": means_of(measured, score),
         "samples": {name: [*map(rounded, found)] for name, found in measured.values.items()},
         "pictures": list(measured.pictures),
         "unet_rows": rounded(measured.unet_rows),
@@ -194,18 +195,27 @@ def cell_tree(cell: Cell, measured: Measured, source: str) -> dict[str, Any]:
     }
 
 
-def means_of(measured: Measured) -> dict[str, float | None]:
-    """Return every metric of a cell, with what ranks it where no answers are known."""
+def score_of(measured: Iterable[Measured]) -> Ranking | None:
+    """Return what ranks cells where no answers are known: one that all of them have, or None."""
+    found = [each.values for each in measured if each.values]
+    return next(
+        (r for r in (SCORE, PATH_SCORE) if found and all(r.can_rank(values) for values in found)),
+        None,
+    )
+
+
+def means_of(measured: Measured, score: Ranking | None) -> dict[str, float | None]:
+    """Return every metric of a cell, with what ranks it beside the others."""
     means = {name: rounded(measured.mean(name)) for name in measured.values}
-    for ranking in (SCORE, PATH_SCORE):
-        if measured.values and ranking.can_rank(measured.values):
-            return {**means, ranking.name: rounded(math.exp(ranking.score(measured.values)))}
-    return means
+    if score is None or not measured.values:
+        return means
+    return {**means, score.name: rounded(math.exp(score.score(measured.values)))}
 
 
-def metric_names(measured: Iterable[Measured]) -> tuple[str, ...]:
+def metric_names(measured: Collection[Measured]) -> tuple[str, ...]:
     """Return the metrics that some cell has, in the order in which they are told."""
-    found = {name for each in measured for name in means_of(each)}
+    score = score_of(measured)
+    found = {name for each in measured for name in means_of(each, score)}
     return tuple(name for name in METRICS if name in found)
 
 
@@ -269,7 +279,7 @@ def sweep_tree(
     result: SweepResult, samples: Sequence[Mapping[str, Any]], facts: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the contents of `sweep.json`."""
-    reference = result.reference
+    reference, score = result.reference, score_of(result.measured.values())
     return {
         "schema_version": SWEEP_VERSION,
         "tool": {"name": "instruct-merge", "version": __version__},
@@ -296,7 +306,7 @@ def sweep_tree(
         },
         "metrics": metric_trees(result.metrics),
         "cells": [
-            cell_tree(cell, result.measured[cell.index], result.source)
+            cell_tree(cell, result.measured[cell.index], result.source, score)
             for cell in result.cells
             if cell.index in result.measured
         ],
@@ -317,6 +327,7 @@ def table_bytes(result: SweepResult) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     keys = [axis.key for axis in result.axes]
+    score = score_of(result.measured.values())
     writer.writerow(
         [*keys, *result.metrics, "unet_rows", "seconds", "recipe_digest", "sha256", "problem"]
     )
@@ -324,7 +335,7 @@ def table_bytes(result: SweepResult) -> bytes:
         measured = result.measured.get(cell.index)
         if measured is None:
             continue
-        known = means_of(measured)
+        known = means_of(measured, score)
         means = [known.get(name) for name in result.metrics]
         seconds = round(sum(measured.seconds.values()), 3)
         row = [*map(_safe, cell.labels), *("" if mean is None else mean for mean in means)]

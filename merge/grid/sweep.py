@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from merge.background.pool.options import ExecutorOptions
+from merge.editor.load import edit_device
 from merge.errors import EngineError, RecipeError
 from merge.grid.axes import HINT, Axis, read_axes
 from merge.grid.book import Book, Progress
 from merge.grid.choice import choose_best
+from merge.grid.counting import count_rows
 from merge.grid.estimate import Estimate, estimate
 from merge.grid.inputs import Inputs, find_edits
 from merge.grid.jobs import BenchSpec
@@ -91,6 +93,11 @@ def sweep(
         find_clip(clip)
     cells, spec = grid.cells(device, threads)
     spec = dataclasses.replace(spec, clip=clip)
+    # What cannot be done is said before an earlier sweep is replaced.
+    count_rows(spec, cells, cells)
+    executor = executor or ExecutorOptions()
+    if executor.name == "local":
+        edit_device(device)
     facts = facts_of(spec, cells)
     kept = place.open(facts, overwrite=overwrite, resume=resume)
     tell = on_progress or (lambda stage, done, total: None)
@@ -101,7 +108,7 @@ def sweep(
     book.restore(kept)
     book.take_kept(cells)
     work.write()
-    with _told(work), make_pool(executor or ExecutorOptions(), spec) as pool:
+    with _told(work), make_pool(executor, spec) as pool:
         book.measure(pool, cells)
     return work.finish()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge._version import __version__
 from merge.grid.model import Measured
-from merge.grid.record import SWEEP_VERSION, cell_tree, metric_names, metric_trees
+from merge.grid.record import SWEEP_VERSION, cell_tree, metric_names, metric_trees, score_of
 from merge.grid.statistics import part, score_interval
 from merge.tuning.fit import folds
 from merge.tuning.model import Curve, HeldOut, TuneResult
@@ -35,7 +35,7 @@ def tune_tree(
         cost: `unet_rows`, `seconds` and `merges`.
     """
     reference, ranking = result.reference, result.ranking
-    names = metric_names(result.measured.values())
+    names, score = metric_names(result.measured.values()), score_of(result.measured.values())
     return {
         "schema_version": SWEEP_VERSION,
         "tool": {"name": "instruct-merge", "version": __version__},
@@ -72,7 +72,7 @@ def tune_tree(
         },
         "metrics": metric_trees(names),
         "cells": [
-            cell_tree(cell, result.measured[cell.index], result.source)
+            cell_tree(cell, result.measured[cell.index], result.source, score)
             for cell in result.cells
             if cell.index in result.measured
         ],
