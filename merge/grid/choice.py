@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from merge.grid.model import Best, Cell, Measured
 from merge.grid.statistics import PATH, RANKINGS, Ranking, difference
 
+# Of fewer, an interval is their whole range, and says no more than that they agree by chance.
+LEAST_SAMPLES = 4
+
 
 def choose_best(
     cells: Sequence[Cell], measured: Mapping[int, Measured]
@@ -32,6 +35,11 @@ def choose_best(
     )
     if ranking is None:
         return None, ("No best cell: the cells have no measure that compares them.",)
+    count = len(whole[0].samples)
+    if count < LEAST_SAMPLES:
+        words = "one sample tells" if count == 1 else f"{count} samples tell"
+        note = f"No best cell: {words} too little; more pictures or --samples would tell more."
+        return None, (note,)
     ordered = sorted(whole, key=lambda cell: (ranking.score(values[cell.index]), cell.index))
     best, worst = ordered[0], ordered[-1]
     if not difference(ranking, values[worst.index], values[best.index]).low > 0:
