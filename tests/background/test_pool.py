@@ -365,7 +365,8 @@ def test_a_node_that_goes_takes_no_result_with_it(
     pool.run_jobs(make, shared, jobs, on_result=keep)
     killer.join()
     assert len(results) == len(jobs)
-    assert len(lines_of(tmp_path / "log")) > len(jobs) + 3
+    # Each worker that was made, and every job at least once.
+    assert len(lines_of(tmp_path / "log")) >= len(jobs) + 3
 
 
 @needs_ray
