@@ -17,7 +17,7 @@ from merge.cli.options import (
     overwrite_option,
 )
 from merge.cli.output import Bars, is_quiet, print_json, remark
-from merge.cli.searches import workplace_options
+from merge.cli.searches import executor_options
 
 if TYPE_CHECKING:
     from merge.run.many import RunOptions
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "--locked", is_flag=True, help="Use exactly the inputs of NAME.lock.yaml beside the recipe."
 )
 @click.option("--write-lock", is_flag=True, help="Make NAME.lock.yaml beside the recipe.")
-@workplace_options
+@executor_options
 def run_command(
     recipe: str,
     words: tuple[str, ...],

@@ -36,7 +36,7 @@ def inputs_options(function: _F) -> _F:
     return function
 
 
-def workplace_options(function: _F) -> _F:
+def executor_options(function: _F) -> _F:
     """Add the options that say where cells are measured."""
     for option in (
         click.option("--jobs", type=click.IntRange(1), help="The most workers of --executor ray."),

@@ -14,7 +14,7 @@ from merge.cli.options import (
     overwrite_option,
 )
 from merge.cli.output import Bars, is_quiet, print_json, remark, silence_libraries
-from merge.cli.searches import inputs_options, workplace_options
+from merge.cli.searches import executor_options, inputs_options
 
 
 @command(
@@ -39,7 +39,7 @@ from merge.cli.searches import inputs_options, workplace_options
 )
 @edit_device_option
 @click.option("--threads", type=click.IntRange(1, 64), help="Workers of a merge.")
-@workplace_options
+@executor_options
 @overwrite_option
 @click.option("--resume", is_flag=True, help="Keep the finished cells of an interrupted sweep.")
 @click.option("--dry-run", is_flag=True, help="Say cells, UNet rows, seconds and memory; no more.")

@@ -18,6 +18,7 @@ from merge.grid.book import Book, Progress
 from merge.grid.choice import choose_best
 from merge.grid.counting import count_rows
 from merge.grid.estimate import Estimate, estimate
+from merge.grid.executors import facts_of, make_pool
 from merge.grid.inputs import Inputs, find_edits
 from merge.grid.jobs import BenchSpec
 from merge.grid.measures import DEFAULT, check_metrics
@@ -33,7 +34,6 @@ from merge.grid.record import (
     table_bytes,
     write_sweep,
 )
-from merge.grid.workplace import facts_of, make_pool
 from merge.recipe.schema import Recipe
 from merge.records.lock.find import load_recipe_or_lock
 from merge.verify.clip import find_clip

@@ -14,12 +14,12 @@ from merge.background.pool.options import ExecutorOptions
 from merge.errors import VerificationError
 from merge.grid.book import Book, Progress
 from merge.grid.estimate import Estimate, estimate
+from merge.grid.executors import facts_of, make_pool
 from merge.grid.inputs import Inputs
 from merge.grid.model import Cell, Sample
 from merge.grid.record import SweepFolder, sample_trees
 from merge.grid.statistics import SCORE
 from merge.grid.sweep import source_of
-from merge.grid.workplace import facts_of, make_pool
 from merge.json_files import json_bytes
 from merge.recipe.schema import Recipe
 from merge.tuning.asked import Asked
