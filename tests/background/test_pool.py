@@ -266,6 +266,7 @@ def test_a_workers_error_comes_home(
 
 
 @needs_ray
+@pytest.mark.slow
 def test_workers_that_cannot_start_are_given_up(nodes: Nodes) -> None:
     with (
         pytest.raises(ExecutorError, match="3 workers could not start"),
@@ -275,6 +276,7 @@ def test_workers_that_cannot_start_are_given_up(nodes: Nodes) -> None:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_a_cluster_without_room_is_told(nodes: Nodes) -> None:
     with (
         pytest.raises(ExecutorError, match="no node of the Ray cluster has a GPU"),

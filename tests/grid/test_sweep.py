@@ -305,7 +305,11 @@ def test_what_only_changes_the_edit_merges_no_second_time(
     ("axes", "metrics"),
     [
         (["weight=0.5,1", "steps=3"], ["path", "endpoint", "residual"]),
-        (["timesteps=999/499,999/59", "guidance_scale=2"], ["path", "residual"]),
+        pytest.param(
+            ["timesteps=999/499,999/59", "guidance_scale=2"],
+            ["path", "residual"],
+            marks=pytest.mark.slow,
+        ),
         (["scheduler.class_name=DDIMScheduler,TCDScheduler", "steps=2"], ["path", "endpoint"]),
         (["image_guidance_scale=1,1.5", "guidance_scale=2", "steps=1"], ["l1"]),
     ],

@@ -132,7 +132,7 @@ def test_models_fit_the_repository_and_load_in_plain_diffusers() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-lora"])
+@pytest.mark.parametrize("name", ["demo", pytest.param("demo-lora", marks=pytest.mark.slow)])
 def test_the_merge_edits_right_in_few_steps(name: str, tmp_path: Path) -> None:
     out = tmp_path / name
     run = subprocess.run(
