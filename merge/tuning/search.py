@@ -104,6 +104,18 @@ class Search:
         """Return the score of a setting on the samples that decide."""
         return self.ranking.score(self.deciding_values(setting))
 
+    def is_better(self, one: Setting, other: Setting, indices: Sequence[int] | None = None) -> bool:
+        """Return True where a setting is better than another beyond doubt.
+
+        Args:
+            one: What may be better.
+            other: Than this.
+            indices: Of the samples to tell by; None: those that decide.
+        """
+        chosen = self.deciding if indices is None else indices
+        mine, theirs = (part(self.values(setting), chosen) for setting in (one, other))
+        return difference(self.ranking, mine, theirs).high < 0
+
     def along(self, setting: Setting) -> dict[float, Setting]:
         """Return the measured settings that differ by the weight alone, ascending."""
         found = [s for s in self.known if replace(s, weight=setting.weight) == setting]
@@ -135,7 +147,7 @@ class Search:
             self._try(tries)
             found = [s for s in tries if s in self.cells and RESIDUAL.can_rank(self.values(s))]
             if found:
-                champions[guidance] = min(found, key=self._unfinished)
+                champions[guidance] = min(found, key=self._residual)
         if best.guidance_scale not in champions:
             return best
         chosen, rival = best, champions.pop(best.guidance_scale)
@@ -148,7 +160,7 @@ class Search:
             self._try([replace(chosen, weight=weight) for weight in self.weights])
         return chosen
 
-    def _unfinished(self, setting: Setting) -> float:
+    def _residual(self, setting: Setting) -> float:
         return RESIDUAL.score(self.deciding_values(setting))
 
     def _refine(self, best: Setting) -> Setting:
@@ -167,7 +179,7 @@ class Search:
         self._try([vertex])
         found = self._best(list(self.along(best).values())) or best
         # The curve knows more than its lowest point, which is the one that noise favours most.
-        if vertex in self.cells and vertex in self.known and not self._is_better(found, vertex):
+        if vertex in self.cells and vertex in self.known and not self.is_better(found, vertex):
             return vertex
         return found
 
@@ -199,10 +211,6 @@ class Search:
         found = [setting for setting in dict.fromkeys(settings) if setting in known]
         # Of two that are equal the one that asks for less.
         return min(found, key=lambda s: (self.score(s), s.rows, s.weight), default=None)
-
-    def _is_better(self, one: Setting, other: Setting) -> bool:
-        gap = difference(self.ranking, self.deciding_values(one), self.deciding_values(other))
-        return gap.high < 0
 
     # What is told ----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from merge.grid.sweep import source_of
 from merge.json_files import json_bytes
 from merge.recipe.schema import Recipe
 from merge.tuning.asked import Asked
-from merge.tuning.model import TuneResult
+from merge.tuning.model import Curve, TuneResult
 from merge.tuning.page import render_tune
 from merge.tuning.recipe import tuned_recipe
 from merge.tuning.record import JSON_NAME, PAGE_NAME, RECIPE_NAME, tune_tree
@@ -251,12 +251,7 @@ class _Work:
         if found is None or not self.held:
             self.notes.append("No group of blocks is better with a weight of its own.")
             return
-        from merge.grid.statistics import difference, part
-
-        gap = difference(
-            SCORE, part(search.values(found), self.held), part(search.values(best), self.held)
-        )
-        if gap.high < 0:
+        if search.is_better(found, best, self.held):
             self.chosen = found
             self.notes.append("Groups of blocks have weights of their own, which held out.")
         else:
@@ -268,9 +263,17 @@ class _Work:
     def result(self) -> TuneResult:
         """Return what is there by now."""
         asked, search, chosen = self.asked, self.found, self.chosen
-        what = "pictures" if self.has_many_edits else "noise"
-        scalar = chosen and Setting(chosen.weight, chosen.guidance_scale, chosen.timesteps)
-        is_known = scalar is not None and search is not None and scalar in search.cells
+        # Weights of groups are looked at on the held-out samples already.
+        scalar = replace(chosen, groups=()) if chosen is not None else None
+        curves: tuple[Curve, ...] = ()
+        picks: tuple[float, ...] = ()
+        held_out = None
+        if search is not None:
+            curves = search.curves(scalar.guidance_scale if scalar is not None else 1.0)
+        if search is not None and scalar is not None:
+            picks = search.picks(scalar)
+            what = "pictures" if self.has_many_edits else "noise"
+            held_out = search.held_out(scalar, self.held, what)
         return TuneResult(
             folder=self.book.place.folder,
             recipe=asked.recipe.name,
@@ -282,13 +285,9 @@ class _Work:
             before=asked.before,
             overrides=() if chosen is None else (*asked.overrides, *chosen.overrides(asked.over)),
             ranking=search.ranking if search is not None else SCORE,
-            picks=search.picks(scalar) if is_known and search and scalar else (),
-            curves=search.curves(chosen.guidance_scale if chosen else 1.0)
-            if search is not None
-            else (),
-            held_out=search.held_out(scalar, self.held, what)
-            if is_known and search and scalar
-            else None,
+            picks=picks,
+            curves=curves,
+            held_out=held_out,
             cells=tuple(self.cells),
             measured=dict(self.book.measured),
             settings=dict(self.settings),
@@ -297,9 +296,13 @@ class _Work:
             notes=tuple(self.notes),
         )
 
-    def write(self) -> dict[str, Any]:
-        """Write `tune.json` as it is by now, and return its contents."""
-        book, result = self.book, self.result()
+    def write(self) -> None:
+        """Write `tune.json` as it is by now."""
+        self._write(self.result())
+
+    def _write(self, result: TuneResult) -> dict[str, Any]:
+        """Write `tune.json`, and return its contents."""
+        book = self.book
         samples = sample_trees(
             self.samples, book.shown, book.sources, book.references, has_seeds=True
         )
@@ -316,8 +319,8 @@ class _Work:
 
     def finish(self) -> TuneResult:
         """Write everything; raise where nothing was chosen."""
-        place, tree = self.book.place, self.write()
-        result = self.result()
+        place, result = self.book.place, self.result()
+        tree = self._write(result)
         place.write(PAGE_NAME, render_tune(tree, place.folder).encode())
         place.clean()
         if result.chosen is None:

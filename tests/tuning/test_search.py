@@ -188,18 +188,23 @@ def test_a_neighbour_that_is_better_elsewhere_fails_the_check() -> None:
     assert not held.passed
 
 
-def test_groups_are_tried_one_after_the_other() -> None:
+@pytest.mark.parametrize("answers", [True, False])
+def test_groups_are_tried_one_after_the_other(answers: bool) -> None:
     def landscape(setting: Setting) -> float:
         groups = dict(setting.groups)
         return (setting.weight - 0.7) ** 2 + 0.5 * (groups.get("*.attn2.*", 0.7) - 0.95) ** 2
 
-    search = search_of(landscape, noise=0.001)
+    search = search_of(landscape, noise=0.001, answers=answers)
     best = search.run(BEFORE, ["weight"], 4)
     assert best is not None
     found = search.run_groups(best)
     assert found is not None
     assert "*.attn2.*" in dict(found.groups)
     assert found.weight == best.weight
+    # What decided is what held-out samples are asked for, with answers of single steps or without.
+    held = range(3, SAMPLES, 4)
+    assert search.is_better(found, best, held)
+    assert not search.is_better(best, found, held)
 
 
 def test_curves_are_told_once_each() -> None:
