@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,11 @@ from merge.grid.measures import check_finite
 from merge.grid.model import Cell, Measured, ReferenceCost
 from merge.grid.record import SweepFolder, measured_of, rounded
 from merge.grid.session import CellNews, Session
+from merge.run.model import Progress
 
 _LOG = logging.getLogger(__name__)
 _JUDGED = "residual"
 Values = Mapping[str, tuple[float | None, ...]]
-
-# stage, done, total; UNet rows while cells are measured
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -35,14 +34,13 @@ class Book:
         place: Where it is written down.
         spec: What every worker knows.
         shown: Indices of the samples with pictures.
-        tell: Called with stage, done and total.
+        tell: Called with stage, done and total: UNet rows, while cells are measured.
         on_change: Called when a cell was added.
         measured: Index of a cell to what was found.
         sources: Index of a sample to the file of what the model saw.
         references: Index of a sample to the file of the target's own picture.
         cost: Of the target's own paths.
         device: Kind of device and dtype.
-        expected_rows: UNet rows that are to come besides those of the cells at hand.
     """
 
     place: SweepFolder
@@ -55,7 +53,6 @@ class Book:
     references: dict[int, str] = field(default_factory=dict)
     cost: ReferenceCost | None = None
     device: str = ""
-    expected_rows: int = 0
     _session: Session | None = None
     _kept: dict[tuple[str, ...], Measured] = field(default_factory=dict)
     _kept_latents: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -109,6 +106,26 @@ class Book:
         """Return True when nothing is missing of these cells."""
         return all(c.index in self.measured and not self._is_unjudged(c) for c in cells)
 
+    @contextmanager
+    def kept_when_left(
+        self, what: str, on_stop: Callable[[], Any] = lambda: None
+    ) -> Iterator[None]:
+        """Say what is kept when the block is left in the middle; of nothing leave no folder.
+
+        Args:
+            what: Is kept, in the words after its number.
+            on_stop: Called when it was stopped, and no error ended it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not self.measured:
+                self.place.discard()
+            elif not isinstance(error, Exception):
+                on_stop()
+                error.add_note(f"{self.place.folder} keeps {len(self.measured)} {what}")
+            raise
+
     def measure(self, pool: Pool, cells: Sequence[Cell]) -> None:
         """Measure what is missing of these cells.
 
@@ -133,7 +150,7 @@ class Book:
             for cell in cells:
                 key = reference_key(cell, self.spec.prepared[cell.models])
                 self._paths[key] = path_rows(self.spec, cell)
-        self._total = self._rows + max(rows, self.expected_rows)
+        self._total = self._rows + rows
         self._count(0)
         pictures = Workers(1, "pictures")
         try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from merge.background.pool.options import ExecutorOptions
 from merge.editor.load import edit_device
 from merge.errors import EngineError, RecipeError
 from merge.grid.axes import HINT, Axis, read_axes
-from merge.grid.book import Book, Progress
+from merge.grid.book import Book
 from merge.grid.choice import choose_best
 from merge.grid.counting import count_rows
 from merge.grid.estimate import Estimate, estimate
@@ -36,6 +35,7 @@ from merge.grid.record import (
 )
 from merge.recipe.schema import Recipe
 from merge.records.lock.find import load_recipe_or_lock
+from merge.run.model import Progress
 from merge.verify.clip import find_clip
 
 # A page of more pictures would be no overview.
@@ -108,7 +108,8 @@ def sweep(
     book.restore(kept)
     book.take_kept(cells)
     work.write()
-    with _told(work), make_pool(executor, spec) as pool:
+    is_left = book.kept_when_left(f"of {len(cells)} cells", work.write_page)
+    with is_left, make_pool(executor, spec) as pool:
         book.measure(pool, cells)
     return work.finish()
 
@@ -204,21 +205,6 @@ def source_of(recipe: Recipe | str | Path) -> str:
     return recipe.name if isinstance(recipe, Recipe) else str(recipe)
 
 
-@contextmanager
-def _told(work: _Work) -> Iterator[None]:
-    """Say what is kept when the block is left in the middle."""
-    try:
-        yield
-    except BaseException as error:
-        done = len(work.book.measured)
-        if not done:
-            work.book.place.discard()
-        elif not isinstance(error, Exception):
-            work.write_page()
-            error.add_note(f"{work.book.place.folder} keeps {done} of {len(work.cells)} cells")
-        raise
-
-
 @dataclass
 class _Work:
     """A grid while it is measured, and its files."""
@@ -250,8 +236,12 @@ class _Work:
             notes,
         )
 
-    def write(self) -> dict[str, Any]:
-        """Write `sweep.json` as it is by now, and return its contents."""
+    def write(self) -> None:
+        """Write `sweep.json` as it is by now."""
+        self._write(self.result())
+
+    def _write(self, result: SweepResult) -> dict[str, Any]:
+        """Write `sweep.json`, and return its contents."""
         samples = sample_trees(
             self.cells[0].samples,
             self.book.shown,
@@ -259,18 +249,19 @@ class _Work:
             self.book.references,
             has_seeds=all(axis.key != "seed" for axis in self.axes),
         )
-        return write_sweep(self.book.place, self.result(), samples, self.facts)
+        return write_sweep(self.book.place, result, samples, self.facts)
 
-    def write_page(self) -> None:
-        """Write the table and the page of what is there by now."""
-        place = self.book.place
-        tree = self.write()
-        place.write(TABLE_NAME, table_bytes(self.result()))
+    def write_page(self) -> SweepResult:
+        """Write everything that is there by now, the table and the page as well."""
+        place, result = self.book.place, self.result()
+        tree = self._write(result)
+        place.write(TABLE_NAME, table_bytes(result))
         place.write(PAGE_NAME, render_sweep(tree, place.folder).encode())
+        return result
 
     def finish(self) -> SweepResult:
         """Write everything, and raise for the cells that failed."""
-        self.write_page()
+        result = self.write_page()
         self.book.place.clean()
         failed = [cell for cell in self.cells if self.book.measured[cell.index].problem]
         if failed:
@@ -280,4 +271,4 @@ class _Work:
                 f"{shlex.join(first.words)}: {self.book.measured[first.index].problem}",
                 hint=f"the others are in {self.book.place.folder}",
             )
-        return self.result()
+        return result

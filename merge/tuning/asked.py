@@ -8,13 +8,13 @@ from pathlib import Path
 
 from merge.errors import RecipeError
 from merge.grid.axes import override_words, read_axes
-from merge.grid.book import Progress
 from merge.grid.inputs import Inputs, find_edits
 from merge.grid.jobs import BenchSpec
 from merge.grid.planning import CellPlanner
 from merge.grid.sweep import load_any
 from merge.recipe.load import override_recipe
 from merge.recipe.schema import Recipe
+from merge.run.model import Progress
 from merge.tuning.settings import Setting, check_over, read_weights, timesteps_for
 
 SAMPLES = 128

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from merge.background.pool.model import Pool
 from merge.background.pool.options import ExecutorOptions
 from merge.errors import VerificationError
-from merge.grid.book import Book, Progress
+from merge.grid.book import Book
 from merge.grid.estimate import Estimate, estimate
 from merge.grid.executors import facts_of, make_pool
 from merge.grid.inputs import Inputs
@@ -22,6 +21,7 @@ from merge.grid.statistics import SCORE
 from merge.grid.sweep import source_of
 from merge.json_files import json_bytes
 from merge.recipe.schema import Recipe
+from merge.run.model import Progress
 from merge.tuning.asked import Asked
 from merge.tuning.model import Curve, TuneResult
 from merge.tuning.page import render_tune
@@ -106,7 +106,7 @@ def tune(
     book.on_change = work.write
     book.restore(kept)
     work.write()
-    with _told(work), make_pool(executor or ExecutorOptions(), spec) as pool:
+    with book.kept_when_left("settings"), make_pool(executor or ExecutorOptions(), spec) as pool:
         work.search(pool)
     return work.finish()
 
@@ -143,20 +143,6 @@ def plan_tune(
     wanted = asked.expected()[:budget]
     cells = asked.planner.plan([setting.grid for setting in wanted])
     return estimate(asked.spec(device, threads), cells)
-
-
-@contextmanager
-def _told(work: _Work) -> Iterator[None]:
-    """Say what is kept when the block is left in the middle."""
-    try:
-        yield
-    except BaseException as error:
-        done = len(work.book.measured)
-        if not done:
-            work.book.place.discard()
-        elif not isinstance(error, Exception):
-            error.add_note(f"{work.book.place.folder} keeps {done} settings")
-        raise
 
 
 @dataclass
