@@ -333,27 +333,25 @@ class Bench(Closable):
     def _batches(self, cell: Cell, indices: Sequence[int]) -> Iterator[list[int]]:
         """Yield indices of samples that are edited together: of one size and one setting."""
         assert self._editor is not None
-        device, limit = self._editor.device, self._spec.batch_pixels
         groups: dict[Any, list[int]] = {}
         for index in indices:
             size = self._picture(cell, index).size
             settings = dataclasses.replace(cell.settings[index], seed=0)
             groups.setdefault((size, settings), []).append(index)
         for (size, _), group in groups.items():
-            count = pictures_together(device, limit, math.sqrt(size[0] * size[1]))
+            count = pictures_together(self._editor.device, math.sqrt(size[0] * size[1]))
             for begin in range(0, len(group), count):
                 yield group[begin : begin + count]
 
 
-def pictures_together(device: torch.device, limit: int | None, side: float) -> int:
+def pictures_together(device: torch.device, side: float) -> int:
     """Return how many pictures go through the model together.
 
     Args:
         device: Where it is.
-        limit: Pixels of all of them; None: by the device.
         side: Of a picture in pixels; of one that is no square the mean.
     """
-    most = limit or (_CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS)
+    most = _CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS
     return min(_MOST_PICTURES, max(1, int(most // (side * side))))
 
 

@@ -94,7 +94,7 @@ def estimate(spec: BenchSpec, cells: Sequence[Cell]) -> Estimate:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     prepared, settings = spec.prepared[cells[0].models], cells[0].settings[0]
     rows = count_rows(spec, cells, cells)
-    batch = pictures_together(device, spec.batch_pixels, settings.resolution or 512)
+    batch = pictures_together(device, settings.resolution or 512)
     with device_errors(device):
         row_seconds = _row_seconds(prepared, settings, device, dtype, batch)
     merges = {(cell.models, cell.digest) for cell in cells}

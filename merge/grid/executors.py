@@ -11,10 +11,28 @@ from merge._version import __version__
 from merge.background.pool.model import Pool
 from merge.background.pool.open import open_pool
 from merge.background.pool.options import ExecutorOptions
-from merge.grid.counting import scheduler_config_of
+from merge.editor.load import edit_device
+from merge.grid.counting import count_rows, scheduler_config_of
 from merge.grid.jobs import BenchSpec
 from merge.grid.model import Cell
 from merge.json_files import canonical_bytes
+
+
+def check_doable(options: ExecutorOptions, spec: BenchSpec, cells: Sequence[Cell]) -> None:
+    """Refuse now what workers could not do, before an earlier search is replaced.
+
+    Args:
+        options: Where cells run; another machine's devices are not known here.
+        spec: What workers know.
+        cells: Of the grid.
+
+    Raises:
+        VerificationError: a scheduler cannot do what is asked of it.
+        DeviceError: there is no such device.
+    """
+    count_rows(spec, cells, cells)
+    if options.name == "local":
+        edit_device(spec.device)
 
 
 def make_pool(options: ExecutorOptions, spec: BenchSpec) -> Pool:

@@ -29,7 +29,6 @@ class BenchSpec:
         threads: Workers of a merge; None for the default.
         guidance: guidance_scale and image_guidance_scale of the target's own edits.
         metrics: What is measured.
-        batch_pixels: Of pictures that go through the model together; None: by the device.
         clip: Folder or Hub id of a CLIP model; None for none.
     """
 
@@ -38,7 +37,6 @@ class BenchSpec:
     threads: int | None
     guidance: tuple[float, float]
     metrics: tuple[str, ...]
-    batch_pixels: int | None = None
     clip: str | None = None
 
 

@@ -12,6 +12,7 @@ from merge.editor.settings import EditSettings
 from merge.errors import PlanError, ProblemsError, RecipeError, VerificationError
 from merge.grid.axes import Axis, AxisValue, combinations
 from merge.grid.inputs import make_samples
+from merge.grid.jobs import BenchSpec
 from merge.grid.model import Cell, Sample
 from merge.json_files import canonical_bytes
 from merge.recipe.load import override_recipe
@@ -64,6 +65,21 @@ class CellPlanner:
     def prepared(self) -> tuple[PreparedRun, ...]:
         """Return the models, once for each set of them that a cell has."""
         return tuple(self._prepared.values())
+
+    def spec(
+        self, device: str, threads: int | None, metrics: Sequence[str], clip: str | None = None
+    ) -> BenchSpec:
+        """Return what workers have to know of the cells that are planned by now.
+
+        Args:
+            device: As for `load_editor`.
+            threads: Workers of a merge; None for the default.
+            metrics: What is measured.
+            clip: Folder or Hub id of a CLIP model; None for none.
+        """
+        compare = self.recipe.verify.compare
+        guidance = compare.guidance_scale, compare.image_guidance_scale
+        return BenchSpec(self.prepared, device, threads, guidance, tuple(metrics), clip)
 
     def plan_grid(self, axes: Sequence[Axis]) -> tuple[Cell, ...]:
         """Return the cells of a grid.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from merge.background.pool.options import ExecutorOptions
-from merge.editor.load import edit_device
 from merge.errors import EngineError, RecipeError
 from merge.grid.axes import HINT, Axis, read_axes
 from merge.grid.book import Book
 from merge.grid.choice import choose_best
-from merge.grid.counting import count_rows
 from merge.grid.estimate import Estimate, estimate
-from merge.grid.executors import facts_of, make_pool
+from merge.grid.executors import check_doable, facts_of, make_pool
 from merge.grid.inputs import Inputs, find_edits
-from merge.grid.jobs import BenchSpec
 from merge.grid.measures import DEFAULT, check_metrics
 from merge.grid.model import Cell, SweepResult
 from merge.grid.page import render_sweep
@@ -91,13 +87,10 @@ def sweep(
     place.check(overwrite=overwrite, resume=resume)
     if clip is not None:
         find_clip(clip)
-    cells, spec = grid.cells(device, threads)
-    spec = dataclasses.replace(spec, clip=clip)
-    # What cannot be done is said before an earlier sweep is replaced.
-    count_rows(spec, cells, cells)
+    cells = grid.planner.plan_grid(grid.axes)
+    spec = grid.planner.spec(device, threads, grid.metrics, clip)
     executor = executor or ExecutorOptions()
-    if executor.name == "local":
-        edit_device(device)
+    check_doable(executor, spec, cells)
     facts = facts_of(spec, cells)
     kept = place.open(facts, overwrite=overwrite, resume=resume)
     tell = on_progress or (lambda stage, done, total: None)
@@ -139,8 +132,8 @@ def plan_sweep(
         MergeError: of the family that fits; see `merge.errors`.
     """
     grid = _Grid.of(recipe, axes, inputs or Inputs(), metrics, on_progress, is_dry=True)
-    cells, spec = grid.cells(device, threads)
-    return estimate(spec, cells)
+    cells = grid.planner.plan_grid(grid.axes)
+    return estimate(grid.planner.spec(device, threads, grid.metrics), cells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +160,7 @@ class _Grid:
         if not axes:
             raise RecipeError("there is no axis: name a key with several values", [], hint=HINT)
         names = check_metrics(metrics)
-        loaded, lock = load_any(recipe, overrides)
+        loaded, lock = load_recipe_or_lock(recipe, overrides)
         planner = CellPlanner(
             loaded,
             find_edits(loaded, inputs),
@@ -178,26 +171,6 @@ class _Grid:
             is_dry=is_dry,
         )
         return cls(loaded.name, axes, planner, names)
-
-    def cells(self, device: str, threads: int | None) -> tuple[tuple[Cell, ...], BenchSpec]:
-        """Plan every cell; return them, and what workers have to know."""
-        cells = self.planner.plan_grid(self.axes)
-        compare = self.planner.recipe.verify.compare
-        guidance = compare.guidance_scale, compare.image_guidance_scale
-        return cells, BenchSpec(self.planner.prepared, device, threads, guidance, self.metrics)
-
-
-def load_any(recipe: Recipe | str | Path, overrides: Sequence[str]) -> tuple[Recipe, Any]:
-    """Return a recipe with overrides, and the lock that it came from, if any.
-
-    Raises:
-        RecipeError: it cannot be read, or values are not valid.
-    """
-    if isinstance(recipe, Recipe):
-        from merge.recipe.load import override_recipe
-
-        return (override_recipe(recipe, overrides) if overrides else recipe), None
-    return load_recipe_or_lock(str(recipe), overrides)
 
 
 def source_of(recipe: Recipe | str | Path) -> str:

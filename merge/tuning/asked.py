@@ -9,16 +9,15 @@ from pathlib import Path
 from merge.errors import RecipeError
 from merge.grid.axes import override_words, read_axes
 from merge.grid.inputs import Inputs, find_edits
-from merge.grid.jobs import BenchSpec
 from merge.grid.planning import CellPlanner
-from merge.grid.sweep import load_any
 from merge.recipe.load import override_recipe
 from merge.recipe.schema import Recipe
+from merge.records.lock.find import load_recipe_or_lock
 from merge.run.model import Progress
 from merge.tuning.settings import Setting, check_over, read_weights, timesteps_for
 
 SAMPLES = 128
-_METRICS = ("path", "endpoint", "residual")
+METRICS = ("path", "endpoint", "residual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +66,13 @@ class Asked:
             )
         if steps is not None:
             overrides += override_words("steps", str(steps))
-        loaded, lock = load_any(recipe, overrides)
+        loaded, lock = load_recipe_or_lock(recipe, overrides)
         verify = loaded.verify
         timesteps = None if verify.timesteps is None else tuple(verify.timesteps)
         if timesteps is not None and verify.steps != len(timesteps):
             # As many steps without them.
-            words = (f"verify.steps={len(timesteps)}",)
-            loaded, overrides = override_recipe(loaded, words), (*overrides, *words)
+            word = f"verify.steps={len(timesteps)}"
+            loaded, overrides = override_recipe(loaded, [word]), (*overrides, word)
         planner = CellPlanner(
             loaded,
             find_edits(loaded, inputs),
@@ -92,12 +91,6 @@ class Asked:
             verify.steps if timesteps is None else len(timesteps),
             overrides,
         )
-
-    def spec(self, device: str, threads: int | None) -> BenchSpec:
-        """Return what workers have to know; call it once a cell is planned."""
-        compare = self.recipe.verify.compare
-        guidance = compare.guidance_scale, compare.image_guidance_scale
-        return BenchSpec(self.planner.prepared, device, threads, guidance, _METRICS)
 
     def expected(self) -> list[Setting]:
         """Return about as many settings as a search measures, for an estimate."""

@@ -13,7 +13,7 @@ from merge.background.pool.options import ExecutorOptions
 from merge.errors import VerificationError
 from merge.grid.book import Book
 from merge.grid.estimate import Estimate, estimate
-from merge.grid.executors import facts_of, make_pool
+from merge.grid.executors import check_doable, facts_of, make_pool
 from merge.grid.inputs import Inputs
 from merge.grid.model import Cell, Sample
 from merge.grid.record import SweepFolder, sample_trees
@@ -22,7 +22,7 @@ from merge.grid.sweep import source_of
 from merge.json_files import json_bytes
 from merge.recipe.schema import Recipe
 from merge.run.model import Progress
-from merge.tuning.asked import Asked
+from merge.tuning.asked import METRICS, Asked
 from merge.tuning.model import Curve, TuneResult
 from merge.tuning.page import render_tune
 from merge.tuning.recipe import tuned_recipe
@@ -96,7 +96,9 @@ def tune(
     )
     place.check(overwrite=overwrite, resume=resume)
     (before,) = asked.planner.plan([asked.before.grid])
-    spec = asked.spec(device, threads)
+    spec = asked.planner.spec(device, threads, METRICS)
+    executor = executor or ExecutorOptions()
+    check_doable(executor, spec, [before])
     facts = facts_of(spec, [before]) | {"what is tuned": " ".join(asked.over), "weights": weights}
     kept = place.open(facts, overwrite=overwrite, resume=resume)
     tell = on_progress or (lambda stage, done, total: None)
@@ -106,7 +108,7 @@ def tune(
     book.on_change = work.write
     book.restore(kept)
     work.write()
-    with book.kept_when_left("settings"), make_pool(executor or ExecutorOptions(), spec) as pool:
+    with book.kept_when_left("settings"), make_pool(executor, spec) as pool:
         work.search(pool)
     return work.finish()
 
@@ -142,7 +144,7 @@ def plan_tune(
     asked = Asked.of(recipe, overrides, over, steps, weights, inputs or Inputs(), None, is_dry=True)
     wanted = asked.expected()[:budget]
     cells = asked.planner.plan([setting.grid for setting in wanted])
-    return estimate(asked.spec(device, threads), cells)
+    return estimate(asked.planner.spec(device, threads, METRICS), cells)
 
 
 @dataclass

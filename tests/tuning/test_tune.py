@@ -15,7 +15,7 @@ import yaml
 
 from merge import Inputs, TuneResult, load_recipe, run_recipe, tune
 from merge.cli.main import main
-from merge.errors import OutputExistsError, RecipeError, ResumeError, VerificationError
+from merge.errors import DeviceError, OutputExistsError, RecipeError, ResumeError, VerificationError
 from merge.grid.bench import Bench
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +132,14 @@ def test_a_folder_that_exists_is_kept(tuned: TuneResult) -> None:
         tune("demo", WORDS, out=tuned.folder, **OPTIONS)
     with pytest.raises(ResumeError, match="weights changed"):
         tune("demo", WORDS, out=tuned.folder, resume=True, **{**OPTIONS, "weights": "0:1:0.5"})
+
+
+def test_what_cannot_be_done_leaves_an_earlier_tuning(tuned: TuneResult) -> None:
+    before = tree_of(tuned.folder)
+    with pytest.raises(DeviceError, match="CUDA"):
+        tune("demo", WORDS, out=tuned.folder, overwrite=True, **{**OPTIONS, "device": "cuda:99"})
+    assert tree_of(tuned.folder) == before
+    assert (tuned.folder / "tuned.yaml").is_file()
 
 
 def test_where_nothing_differs_nothing_is_chosen(tiny_sd15: Path, tmp_path: Path) -> None:

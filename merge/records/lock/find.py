@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from merge.errors import MergeError, RecipeError
 from merge.recipe.bundled import bundled_recipes, find_recipe
-from merge.recipe.load import load_recipe
+from merge.recipe.load import load_recipe, override_recipe
 from merge.recipe.schema import EditSpec, ModelRef, Recipe
 from merge.records.lock.compare import differing_fields
 from merge.records.lock.model import Lock
@@ -118,13 +118,19 @@ def lock_for(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
 
 
 def load_recipe_or_lock(
-    recipe: str | Path, overrides: Sequence[str] = ()
+    recipe: Recipe | str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Recipe, Lock | None]:
     """Load what `run` and `plan` take: a recipe, or a lock, which runs as it is.
+
+    Args:
+        recipe: A path or bundled name; or a recipe that is loaded already.
+        overrides: As for `load_recipe`.
 
     Raises:
         RecipeError: with all problems at once.
     """
+    if isinstance(recipe, Recipe):
+        return (override_recipe(recipe, overrides) if overrides else recipe), None
     path = Path(recipe)
     if is_lock(path):
         lock = open_lock(path, overrides)
